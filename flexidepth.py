@@ -3,28 +3,28 @@
 Luo, Wang, Yan: "Adaptive Layer-skipping in Pre-trained LLMs", COLM 2025, arXiv 2503.23798.
 
 The pre-trained model is frozen. Each of its later layers gets two small trained parts: a router
-that gives every token a gate score g in (0, 1), and an adapter, a narrow feed-forward. With h the
-normed x, the layer computes
+that gives every token a gate score g in (0, 1), and an adapter, a narrow feed-forward. For a token
+x that enters such a layer, with h = input_layernorm(x) and norm the layer's second norm:
 
-    k, v = k_proj(h), v_proj(h)                        for every token: later ones attend to them
-    g > 0.5:  x = x + attention(h);  x = x + g * mlp(norm(x))                      the full path
-    else:     x = x + (1 - g) * adapter(norm(x))                               the skipping path
+    k, v = k_proj(h), v_proj(h)                                 of every token
+    g > 0.5:  x = x + attention(h)                              the full path
+              x = x + g * mlp(norm(x))
+    else:     x = x + (1 - g) * adapter(norm(x))                the skipping path
 
-A token with g = 0.4 skips this layer: it gets its norms, router, key, value and adapter, whose
-output is added times 0.6, and no query, attention, output projection or mlp, which is the saving.
-The decision g > 0.5 has no gradient. The router learns through the factors g and (1 - g), which
-scale whichever branch ran, and through `skip_loss`, the price of open gates. The factors stay at
-inference, so a layer with all gates open is *not* the pre-trained layer; route="full" is.
+A token with g = 0.4 skips. It still gets its norms, router, key, value and adapter, whose output is
+added times 0.6. Its query, attention, output projection and mlp are not computed: that is the
+saving. Keys and values are, as later tokens that run this layer attend to all tokens before them.
 
-Another routing rule (random, a budget, every other layer) needs no change here: hand the model
-route=callable(layer_index, gate) -> kept. `DecoderLayer.forward` is where it is asked.
+The decision g > 0.5 has no gradient. The router learns through the factor g or (1 - g) on the
+output of the mlp or adapter that ran, and through `skip_loss`, the price of open gates. The factors
+stay at inference: a layer with all gates open is *not* the pre-trained one; route="full" is.
 
-Dimensions, as in the comments at line ends:
-    B batch    T new tokens    S cached + new tokens    N kept tokens, Q of the row that keeps most
-    D hidden_size    H attention heads    K key/value heads    d head_dim    V vocab_size
-    L layers    R FlexiDepth layers, those of routing_layers, in layer order
+For another routing rule no line has to change: pass route=callable(layer_index, gate) -> kept.
+`DecoderLayer.forward` calls it. It sees the new tokens; a rule of positions must count them itself.
 
-Where paper and released weights differ, this follows the weights; see "differs from the paper".
+Letters in shapes: B batch, T new tokens, S cached and new tokens, N kept tokens, Q the most any row
+keeps; D hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; L layers, R of
+them FlexiDepth layers (routing_layers), in layer order.
 """
 import base64
 import json
@@ -41,21 +41,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-# "learned", "full" or a function (layer_index, gate (B, T) of the new tokens) -> kept (B, T), bool
+# "learned", "full" or a function (layer_index, gate (B, T) of the new tokens) -> kept (B, T), bool.
 Route = str | Callable[[int, Tensor], Tensor]
-Routed = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states; gate and kept, None if "full"
+Routed = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states; gates and kept, or None
+Rotation = tuple[Tensor, Tensor]                      # cos and sin of the new positions, (T, d)
 
-# Keys of config.json that would change the result, each with the values that are implemented.
+# Settings that would change the result, with the values implemented here ("ddllama": FlexiDepth).
 SUPPORTED = {
-    "model_type": ("llama", "ddllama"), "hidden_act": ("silu",), "attention_bias": (False,),
-    "mlp_bias": (False,), "sliding_window": (None,), "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,), "pretraining_tp": (1, None), "rope_type": ("default", "llama3"),
-}
+    "model_type": ("llama", "ddllama"), "hidden_act": ("silu",), "rope_type": ("default", "llama3"),
+    "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (),
+    "quantization_config": ()}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 @dataclass
 class Config:
-    """The shape of a model, by the names of config.json. ValueError where it contradicts itself."""
+    """The shape of a model, by the names of config.json. ValueError if its values do not fit."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -75,17 +75,14 @@ class Config:
 
     def __post_init__(self):
         L, heads = self.num_hidden_layers, self.num_attention_heads
-        if min(self.vocab_size, self.hidden_size, self.intermediate_size, L, heads) < 1:
-            raise ValueError("a vocabulary, size or number of layers or heads is below 1")
-        self.num_key_value_heads = self.num_key_value_heads or heads
-        self.head_dim = self.head_dim or self.hidden_size // heads
+        K = self.num_key_value_heads = self.num_key_value_heads or heads
+        d = self.head_dim = self.head_dim or self.hidden_size // heads
         self.router_size = self.router_size or max(1, self.hidden_size // 16)
         self.adapter_size = self.adapter_size or max(1, self.intermediate_size // 16)
         routed = range(L // 2, L) if self.routing_layers is None else self.routing_layers
         self.routing_layers = sorted(set(routed))
-        if heads % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError(f"{heads} heads must be a multiple of num_key_value_heads "
-                             f"{self.num_key_value_heads}, and head_dim {self.head_dim} even")
+        if heads % K or d % 2:
+            raise ValueError(f"num_key_value_heads {K} must divide {heads}, head_dim {d} be even")
         if not self.routing_layers or not set(self.routing_layers) <= set(range(L)):
             raise ValueError(f"routing_layers {self.routing_layers}; expected some of 0..{L - 1}")
         if self.rope_scaling and not set(LLAMA3_ROPE) <= set(self.rope_scaling):
@@ -93,25 +90,23 @@ class Config:
 
     @classmethod
     def from_json(cls, path: Path, **overrides) -> "Config":
-        """Read a config.json. ValueError names a setting that is not implemented here."""
+        """Read a config.json; overrides win unless None. ValueError if it asks for other things."""
         raw = read_json(path)
         # Two spellings: rope_parameters (transformers 5); rope_theta and rope_scaling (older).
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         raw["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-        for key, allowed in SUPPORTED.items():
-            if raw.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"{path}: {key} {raw[key]!r} is not supported, only {allowed}")
+        for key, known in SUPPORTED.items():
+            if raw.get(key) not in (None, *known):
+                raise ValueError(f"{path}: {key} {raw[key]!r} is not supported: {known or None}")
         raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
         raw["rope_scaling"] = rope if raw["rope_type"] == "llama3" else None
-        values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        raw |= {key: value for key, value in overrides.items() if value is not None}
         try:
-            return cls(**values | overrides)
-        except (TypeError, ValueError) as error:  # TypeError: a key is missing or not a number
+            return cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
+        except (TypeError, ValueError, ZeroDivisionError) as error:  # a key is missing or no number
             raise ValueError(f"{path}: {error}") from None
 
-# -------------------------------------------------------------------------------------------------
-# Llama
-
+# ---- Llama ---------------------------------------------------------------------------------------
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -119,52 +114,47 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # In this order and unfused: a gate near the threshold can hang on the last bit.
+        # In this order and unfused: a last bit can flip a gate near the threshold.
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
 def rotary_frequencies(config: Config) -> Tensor:
-    """Radians a position of each of the d/2 rotating pairs, float32 (d/2,) on the CPU."""
+    """Radians per position for each of the d/2 rotating pairs, float32 (d/2,) on the CPU."""
     exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     freq = 1.0 / config.rope_theta ** exponent
     if config.rope_scaling is None:
         return freq
     # Llama 3.1: fast rotations stay, slow ones go `factor` times slower, those between are blended.
     factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
-    wavelength = 2 * torch.pi / freq
-    blend = (context / wavelength - low) / (high - low)
-    scaled = torch.where(wavelength > context / low, freq / factor, freq)
-    between = (wavelength >= context / high) & (wavelength <= context / low)
-    return torch.where(between, (1 - blend) * freq / factor + blend * freq, scaled)
+    turns = context / (2 * torch.pi / freq)
+    fast = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - fast) * freq / factor + fast * freq
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary embedding, split-half form: dimensions i and i + d/2 turn together. x (..., d)."""
-    x1, x2 = x.chunk(2, dim=-1)
+    (cos, sin), (x1, x2) = rotation, x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 class KVCache:
     """Keys and values of every layer and token, allocated once: each (L, B, K, max_length, d)."""
-
     def __init__(self, config: Config, batch_size: int, max_length: int, device="cpu", dtype=None):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length,
-                 config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length)
+        self.keys = torch.empty(*shape, config.head_dim, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
         self.length = 0  # tokens held; the model adds T when all layers have stored theirs
 
     def update(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, T, d) of the new tokens; return all of the layer's, (B, K, S, d)."""
-        end = self.length + k.shape[2]
+        end, B, room = self.length + k.shape[2], self.keys.shape[1], self.keys.shape[3]
+        if k.shape[0] != B or end > room:
+            raise ValueError(f"{k.shape[0]} rows of {end} tokens; the cache is for {B} of {room}")
         keys, values = self.keys[layer_index, :, :, :end], self.values[layer_index, :, :, :end]
-        keys[:, :, self.length:] = k
-        values[:, :, self.length:] = v
+        keys[:, :, self.length:], values[:, :, self.length:] = k, v
         return keys, values
 
 class Attention(nn.Module):
-    """Grouped-query attention, cut where FlexiDepth cuts it: keys and values of every token; then
-    query, attention and output projection of all tokens (`forward`) or the kept (`forward_kept`)."""
-
+    """Grouped-query attention in two steps, as skipping tokens take only the first."""
     def __init__(self, config: Config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -175,37 +165,37 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def keys_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """h (B, T, D) -> rotated keys, and values, (B, K, T, d)."""
-        k = self.k_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # (B, K, T, d)
-        v = self.v_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # (B, K, T, d)
-        return rotate(k, cos, sin), v
+    def keys_values(self, h: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """First step, for every token: h (B, T, D) -> rotated keys, and values, (B, K, T, d)."""
+        k = self.k_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, K, T, d)
+        v = self.v_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, K, T, d)
+        return rotate(k, rotation), v
 
-    def forward(self, h: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """h (B, T, D), k and v (B, K, S, d) -> (B, T, D)."""
+    def forward(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """Second step: all tokens of h (B, T, D) attend to k and v (B, K, S, d) -> (B, T, D)."""
         T, S = h.shape[1], k.shape[2]
-        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # (B, H, T, d)
-        # New token t sees keys 0..S-T+t: all of them if it is alone, a plain triangle if S = T.
+        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, H, T, d)
+        # Token t of the T sees keys 0..S-T+t: all if it is alone; is_causal says so if S = T.
         mask = None if T in (1, S) else h.new_ones(T, S, dtype=torch.bool).tril(S - T)
-        x = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), k, v, mask, is_causal=T == S > 1, enable_gqa=True)
-        return self.o_proj(x.transpose(1, 2).flatten(2))                           # (B, T, D)
+        out = F.scaled_dot_product_attention(
+            rotate(q, rotation), k, v, mask, is_causal=(S == T and T > 1), enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))                        # (B, T, D)
 
-    def forward_kept(
-        self, h: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kept: Tensor
-    ) -> Tensor:
-        """The same for the N of the tokens where kept (B, T), which see all S keys -> (N, D)."""
+    def forward_kept(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kept: Tensor):
+        """Second step, only for the N tokens where kept (B, T), over all S keys -> (N, D)."""
         (B, T), S = kept.shape, k.shape[2]
-        row, t = kept.nonzero(as_tuple=True)                                       # (N,)
-        q = self.q_proj(h[row, t]).unflatten(-1, (-1, self.head_dim))              # (N, H, d)
-        q = rotate(q, cos[t, None], sin[t, None])
-        # Rows keep unlike numbers of tokens and are padded to Q: the s-th one kept goes to slot s.
+        row, t = kept.nonzero(as_tuple=True)                                      # (N,)
+        q = self.q_proj(h[row, t]).unflatten(-1, (-1, self.head_dim))             # (N, H, d)
+        q = rotate(q, tuple(part[t, None] for part in rotation))
+        # Rows keep different numbers of tokens, so each row's kept ones move to the front: first to
+        # slot 0, second to slot 1, ... Slots left empty see key 0 and are never read back.
         slot = kept.cumsum(1)[row, t] - 1
-        padded = q.new_zeros(B, int(slot.max()) + 1, *q.shape[1:]).index_put((row, slot), q)
-        last = t.new_zeros(padded.shape[:2]).index_put((row, slot), t + S - T)     # (B, Q)
-        mask = torch.arange(S, device=h.device) <= last[:, None, :, None]          # (B, 1, Q, S)
-        x = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, mask, enable_gqa=True)
-        return self.o_proj(x.transpose(1, 2)[row, slot].flatten(1))                # (N, D)
+        Q = int(slot.max()) + 1
+        queries = q.new_zeros(B, Q, *q.shape[1:]).index_put((row, slot), q)       # (B, Q, H, d)
+        last_key = t.new_zeros(B, Q).index_put((row, slot), S - T + t)
+        mask = torch.arange(S, device=h.device) <= last_key[:, None, :, None]     # (B, 1, Q, S)
+        out = F.scaled_dot_product_attention(queries.transpose(1, 2), k, v, mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2)[row, slot].flatten(1))             # (N, D)
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
@@ -217,15 +207,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-# -------------------------------------------------------------------------------------------------
-# FlexiDepth
-
-# The names of the trained tensors; the group is the layer.
-TRAINED = re.compile(r"model\.layers\.(\d+)\.(?:router|router_proj)\.")
+# ---- FlexiDepth ----------------------------------------------------------------------------------
+TRAINED = re.compile(r"model\.layers\.(\d+)\.(?:router|router_proj)\.")  # names of trained tensors
 
 class Router(nn.Module):
-    """The logit of a token's gate, through a bottleneck of D/16."""
-
+    """The logit of a token's gate, through a bottleneck of router_size."""
     def __init__(self, config: Config):
         super().__init__()
         self.router_enc = nn.Linear(config.hidden_size, config.router_size, bias=False)
@@ -234,16 +220,15 @@ class Router(nn.Module):
         self.router_head = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        # differs from the paper: it prints norm(tanh(.)); the released weights are tanh(norm(.))
+        # differs from the paper, which has norm(tanh(.)): the released weights need tanh(norm(.))
         h = torch.tanh(self.router_norm(self.router_enc(h)))
-        return self.router_head(self.router_dec(h)).squeeze(-1)                    # (B, T)
+        return self.router_head(self.router_dec(h)).squeeze(-1)                   # (B, T)
 
 class Adapter(nn.Module):
-    """What a skipping token gets for an mlp: the same SwiGLU, a sixteenth as wide."""
-
+    """Runs in place of the mlp, a SwiGLU of a sixteenth its width. Unlike in MLP, by its released
+    names, `gate_proj` and `down_proj` map D to adapter_size, and `up_proj` maps back."""
     def __init__(self, config: Config):
         super().__init__()
-        # The released names: here `down_proj` leads away from D and `up_proj` back, unlike in MLP.
         self.gate_proj = nn.Linear(config.hidden_size, config.adapter_size, bias=False)
         self.down_proj = nn.Linear(config.hidden_size, config.adapter_size, bias=False)
         self.up_proj = nn.Linear(config.adapter_size, config.hidden_size, bias=False)
@@ -252,11 +237,10 @@ class Adapter(nn.Module):
         return self.up_proj(F.silu(self.gate_proj(x)) * self.down_proj(x))
 
 class DecoderLayer(nn.Module):
-    """A Llama layer; if it is one of routing_layers, with the router and adapter to skip it."""
-
+    """A Llama layer; one of routing_layers has a router, and an adapter for tokens that skip it."""
     def __init__(self, config: Config, index: int):
         super().__init__()
-        self.index, self.threshold = index, config.threshold
+        self.config, self.index = config, index
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -264,26 +248,28 @@ class DecoderLayer(nn.Module):
         self.router = Router(config) if index in config.routing_layers else None
         self.router_proj = Adapter(config) if index in config.routing_layers else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None", route: Route) -> Routed:
-        """x (B, T, D), cos and sin (T, d) -> x (B, T, D); gate and kept (B, T), or None."""
+    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None, route: Route) -> Routed:
+        """x (B, T, D) -> x (B, T, D), and gate and kept (B, T), or None where nothing is routed."""
         h = self.input_layernorm(x)
-        k, v = self.self_attn.keys_values(h, cos, sin)  # of every token, kept or not
+        k, v = self.self_attn.keys_values(h, rotation)  # of every token, kept or not
         if cache is not None:
             k, v = cache.update(self.index, k, v)
 
         if self.router is None or route == "full":
-            x = x + self.self_attn(h, k, v, cos, sin)
+            x = x + self.self_attn(h, k, v, rotation)
             return x + self.mlp(self.post_attention_layernorm(x)), None, None
 
-        gate = torch.sigmoid(self.router(h))                                       # (B, T)
-        kept = gate > self.threshold if route == "learned" else route(self.index, gate).bool()
+        gate = torch.sigmoid(self.router(h))                                      # (B, T)
+        kept = gate > self.config.threshold
+        if route != "learned":
+            kept = route(self.index, gate).bool().expand_as(gate)
         out = torch.empty_like(x)
         if kept.any():  # the full path
-            y = x[kept] + self.self_attn.forward_kept(h, k, v, cos, sin, kept)     # (N, D)
-            out[kept] = y + gate[kept][:, None] * self.mlp(self.post_attention_layernorm(y))
-        # The skipping path; with no rows too, so that the adapter always gets a gradient.
-        y, closed = x[~kept], 1 - gate[~kept][:, None]                             # (B * T - N, D)
-        out[~kept] = y + closed * self.router_proj(self.post_attention_layernorm(y))
+            y = x[kept] + self.self_attn.forward_kept(h, k, v, rotation, kept)    # (N, D)
+            out[kept] = y + gate[kept, None] * self.mlp(self.post_attention_layernorm(y))
+        # The skipping path, run even with no rows: the adapter's gradients are then 0, not None.
+        y, g = x[~kept], gate[~kept, None]                                        # (B * T - N, D)
+        out[~kept] = y + (1 - g) * self.router_proj(self.post_attention_layernorm(y))
         return out, gate, kept
 
 @dataclass
@@ -294,57 +280,49 @@ class Output:
 
 class FlexiDepth(nn.Module):
     """A Llama with FlexiDepth layers. Parameter names are those of the official checkpoints."""
-
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config, layers = config, config.num_hidden_layers
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-        })
-        self.lm_head = (None if config.tie_word_embeddings else
-                        nn.Linear(config.hidden_size, config.vocab_size, bias=False))
-        # No buffer, or .to(torch.bfloat16) would round it.
-        self.rotary_frequencies = rotary_frequencies(config)
+            "layers": nn.ModuleList(DecoderLayer(config, i) for i in range(layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = None  # tied: the embedding serves as head
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequencies = rotary_frequencies(config)  # not a buffer, so .to(dtype) leaves it alone
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, route: Route = "learned") -> Output:
+    def forward(self, input_ids: Tensor, cache: KVCache = None, route: Route = "learned") -> Output:
         """Logits, gates and decisions for input_ids (B, T), int64, padded (if at all) at the end.
-
-        cache: holds the rows' earlier tokens and takes these. route: "learned" holds gates against
-        the threshold; "full" bypasses routers and adapters and is the pre-trained model; a function
-        (layer_index, gate (B, T)) -> kept (B, T), bool, replaces the comparison.
-        Raises ValueError for another route, shape or more tokens than context or cache can hold.
-        """
+        cache: holds the rows' earlier tokens (no padding) and takes these. route: "learned" holds
+        gates against the threshold; "full" bypasses routers and adapters, as the pre-trained model;
+        a function decides. ValueError for another route, or more than cache or context hold."""
         x, gates, kept = self.hidden_states(input_ids, cache, route)
         return Output(self.head(x), gates, kept)
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None, route: Route) -> Routed:
-        """As `forward`, but the normed hidden states (B, T, D) in place of the logits."""
+    def hidden_states(self, input_ids: Tensor, cache: KVCache = None, route: Route = "learned"):
+        """As `forward`, but (normed hidden states (B, T, D), gates, kept): for `head`, in parts."""
         if not callable(route) and route not in ("learned", "full"):
             raise ValueError(f"route is {route!r}; expected 'learned', 'full' or a function")
-        start = cache.length if cache else 0
-        end, limit = start + input_ids.shape[-1], self.config.max_position_embeddings
-        if input_ids.ndim != 2 or cache and cache.keys.shape[1] != len(input_ids):
-            raise ValueError(f"input_ids is {list(input_ids.shape)}; expected (B, T), B as in the cache")
-        if end > min(limit, cache.keys.shape[3] if cache else limit):
-            raise ValueError(f"{end} tokens do not fit the context of {limit} or the cache")
+        start, T = cache.length if cache is not None else 0, input_ids.shape[1]
+        if start + T > (context := self.config.max_position_embeddings):
+            raise ValueError(f"{start + T} tokens do not fit the context of {context}")
         x = self.model["embed_tokens"](input_ids)                                 # (B, T, D)
-        positions = torch.arange(start, end, device=x.device).float()
-        angles = torch.outer(positions, self.rotary_frequencies.to(x.device)).repeat(1, 2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)             # (T, d)
+        positions = torch.arange(start, start + T, device=x.device).float()
+        angles = torch.outer(positions, self.frequencies.to(x.device)).repeat(1, 2)
+        rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)             # (T, d) each
         routed = []
         for layer in self.model["layers"]:
-            x, gate, kept = layer(x, cos, sin, cache, route)
-            routed += [(gate, kept)] if gate is not None else []
-        if cache:
-            cache.length = end
-        gates, kept = (torch.stack(part, -1) for part in zip(*routed)) if routed else (None, None)
+            x, *decision = layer(x, rotation, cache, route)
+            routed += [decision] if decision[0] is not None else []               # R x 2 x (B, T)
+        if cache is not None:
+            cache.length += T
+        gates, kept = (torch.stack(each, -1) for each in zip(*routed)) if routed else (None, None)
         return self.model["norm"](x), gates, kept
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
-        return F.linear(x, (self.lm_head or self.model["embed_tokens"]).weight)
+        return self.lm_head(x) if self.lm_head else F.linear(x, self.model["embed_tokens"].weight)
 
     def freeze_base(self) -> "FlexiDepth":
         """Leave requires_grad to routers and adapters alone. Returns the model."""
@@ -353,232 +331,192 @@ class FlexiDepth(nn.Module):
         return self
 
     def save_flexidepth(self, path: str | Path) -> Path:
-        """Write routers and adapters to a .safetensors file, or flexidepth.safetensors in a folder.
-
-        Under a temporary name, then renamed: a fault leaves what was there. Returns the file.
-        """
-        file = Path(path) if str(path).endswith(".safetensors") else Path(path, "flexidepth.safetensors")
-        trained = {name: t.detach() for name, t in self.named_parameters() if TRAINED.match(name)}
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        """Write routers and adapters to a .safetensors file, or into a folder. Returns the file."""
+        file = Path(path, "" if Path(path).suffix == ".safetensors" else "flexidepth.safetensors")
         file.parent.mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach() for name, p in self.named_parameters() if TRAINED.match(name)}
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")  # so that no half file is left
         try:
             temporary.write_bytes(save(trained, metadata={"format": "pt"}))
-            os.replace(temporary, file)
+            temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
         return file
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, flexidepth: str | Path | None = None,
-        routing_layers: list[int] | None = None, device: str = "cpu", dtype: torch.dtype | None = None,
-    ) -> "FlexiDepth":
-        """Load a Llama or FlexiDepth checkpoint: a folder, or a hub name that is in the local cache.
-
-        flexidepth: a folder or file of trained routers and adapters. Without it they are those of the
-        checkpoint or, if it has none, new and random (torch's global generator), in routing_layers or
-        the latter half. dtype: None keeps the checkpoint's own. Raises FileNotFoundError, or
-        ValueError for a file that is corrupt, not supported or does not fit.
-        """
+    def from_pretrained(cls, path: str | Path, flexidepth: str | Path | None = None,
+                        routing_layers: list[int] | None = None, device: str = "cpu",
+                        dtype: torch.dtype | None = None) -> "FlexiDepth":
+        """Load a Llama or FlexiDepth checkpoint: a folder, or a hub name in the local cache.
+        flexidepth: a folder or file of trained routers and adapters. None: the checkpoint's own, or
+        new random ones (torch's global generator) in routing_layers or else the latter half. dtype:
+        None keeps the checkpoint's. FileNotFoundError, or ValueError for files that do not fit."""
         folder = find_folder(path)
-        state = read_tensors(folder, "model.safetensors", device, dtype)
-        dtype = next(iter(state.values())).dtype
+        base = read_tensors(folder, "model.safetensors", device, dtype)
+        dtype = next(iter(base.values())).dtype
+        trained = {name: base.pop(name) for name in list(base) if TRAINED.match(name)}
         if flexidepth is not None:
-            trained = read_tensors(Path(flexidepth), "flexidepth.safetensors", device, dtype)
-            state = {name: t for name, t in state.items() if not TRAINED.match(name)}
-            state |= {name: t for name, t in trained.items() if TRAINED.match(name)}
+            found = Path(flexidepth) if Path(flexidepth).is_file() else find_folder(flexidepth)
+            trained = read_tensors(found, "flexidepth.safetensors", device, dtype, only=TRAINED)
         # Which layers route, and how wide they are, is read from the tensors themselves.
-        layers = sorted({int(match[1]) for name in state if (match := TRAINED.match(name))})
-        if flexidepth is not None and not layers:
-            raise ValueError(f"{flexidepth}: holds no router or adapter")
+        layers = sorted({int(TRAINED.match(name)[1]) for name in trained})
         if layers and routing_layers is not None and sorted(routing_layers) != layers:
             raise ValueError(f"routing_layers {routing_layers} asked for; trained are {layers}")
-        shape = {} if routing_layers is None else {"routing_layers": routing_layers}
-        if layers:
-            enc, gate_proj = (state.get(f"model.layers.{layers[0]}.{name}.weight", ())
-                              for name in ("router.router_enc", "router_proj.gate_proj"))
-            shape = {"routing_layers": layers, "router_size": len(enc), "adapter_size": len(gate_proj)}
-        config = Config.from_json(folder / "config.json", **shape)
-        for i in () if layers else config.routing_layers:
-            for part, module in (("router", Router(config)), ("router_proj", Adapter(config))):
-                state |= {f"model.layers.{i}.{part}.{name}": t.to(device, dtype)
-                          for name, t in module.state_dict().items()}
-        if config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)  # some checkpoints store the embedding twice
+        rows = {name.split(".")[-2]: len(t) for name, t in trained.items()}
+        config = Config.from_json(
+            folder / "config.json", routing_layers=layers or routing_layers,
+            router_size=rows.get("router_enc"), adapter_size=rows.get("down_proj"))
         with torch.device("meta"):  # shapes without memory; the weights are assigned to them
             model = cls(config)
+        for i in config.routing_layers if not trained else ():
+            for part, module in (("router", Router(config)), ("router_proj", Adapter(config))):
+                base |= {f"model.layers.{i}.{part}.{name}": t.to(device, dtype)
+                         for name, t in module.state_dict().items()}
+        if config.tie_word_embeddings:
+            base.pop("lm_head.weight", None)  # some checkpoints store the embedding twice
         try:
-            model.load_state_dict(state, strict=True, assign=True)
+            model.load_state_dict(base | trained, strict=True, assign=True)
         except RuntimeError as error:  # names and shapes, a line each
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{flexidepth or path}: {' '.join(str(error).split())}") from None
         return model
 
 def skip_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
-    """L_skip: gates (B, T, R), mask (B, T) True at real tokens -> scalar, float32.
-
-    The square charges most to the tokens that use many layers, and keeps the gates from closing all.
-    """
-    per_token = gates.float().sum(-1).square()                                     # L_skip
+    """L_skip: gates (B, T, R), mask (B, T) True at real tokens -> scalar, float32."""
+    # The square charges most to tokens that use many layers, and less and less as gates close.
+    per_token = gates.float().sum(-1).square()
     return per_token.mean() if mask is None else per_token[mask].mean()
 
 def layers_used(kept: Tensor, config: Config) -> Tensor:
     """The depth of every token, plain layers + open gates: kept (B, T, R) -> (B, T), int64."""
     return config.num_hidden_layers - len(config.routing_layers) + kept.sum(-1)
 
-# -------------------------------------------------------------------------------------------------
-# Files
-
+# ---- Files ---------------------------------------------------------------------------------------
 def read_json(path: Path) -> dict:
-    """A JSON object. Raises FileNotFoundError, or ValueError where it is none."""
+    """A JSON object. FileNotFoundError, or ValueError if it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error})") from None
 
 def find_folder(path: str | Path) -> Path:
     """The folder `path`, or that of a hub name ("meta-llama/Llama-3.2-1B") in the local cache."""
     if Path(path).is_dir():
         return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise FileNotFoundError(f"{path}: no such folder")
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
     repository = hub / f"models--{str(path).replace('/', '--')}"
-    main = repository / "refs" / "main"  # names the snapshot
-    if main.is_file() and (folder := repository / "snapshots" / main.read_text().strip()).is_dir():
-        return folder
-    raise FileNotFoundError(f"{path}: no such folder, nor is it in {hub}; get it: hf download {path}")
+    if (main := repository / "refs" / "main").is_file():  # it holds the name of the snapshot
+        return repository / "snapshots" / main.read_text().strip()
+    raise FileNotFoundError(f"{path}: no such folder, nor in {hub} (hub names: hf download {path})")
 
-def read_tensors(path: Path, file_name: str, device: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors of a file, or of `file_name` or an index of shards in a folder, put on `device`."""
+def read_tensors(path: Path, name: str, device: str, dtype: torch.dtype | None,
+                 only: re.Pattern = re.compile("")) -> dict[str, Tensor]:
+    """Tensors of a file, or of `name`, model.safetensors or indexed shards in a folder."""
     index = path / "model.safetensors.index.json"
-    if path.is_file() or (path / file_name).is_file():
-        files = [path if path.is_file() else path / file_name]
-    elif index.is_file():
-        files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        raise FileNotFoundError(f"{path}: holds neither {file_name} nor {index.name}")
+    files = [file for file in (path, path / name, path / "model.safetensors") if file.is_file()][:1]
+    if not files and index.is_file():
+        files = [path / file for file in sorted({*read_json(index).get("weight_map", {}).values()})]
     tensors = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt", device=str(device)) as shard:
-                tensors |= {name: shard.get_tensor(name).to(dtype=dtype) for name in shard.keys()
-                            if not name.endswith("rotary_emb.inv_freq")}  # old Llama 2 files have it
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                for key in filter(only.match, opened.keys()):
+                    tensors[key] = opened.get_tensor(key).to(dtype=dtype)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
     if not tensors:
-        raise ValueError(f"{path}: no tensors found")
+        raise FileNotFoundError(f"{path}: no {name} or {index.name} with such tensors")
     return tensors
 
-# -------------------------------------------------------------------------------------------------
-# Text
-
+# ---- Text ----------------------------------------------------------------------------------------
 # Llama 3's special tokens, in the order in which they follow the ranks of tokenizer.model.
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>",
            "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# How text is cut before its bytes are merged to tokens.
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-Vocabulary = tuple[dict[bytes, int], str, dict[str, int]]  # ranks, split pattern, special tokens
-
-def read_tokenizer_model(file: Path) -> Vocabulary:
-    """Meta's tokenizer.model: a line is a token in base64, a blank and its rank."""
+def read_tokenizer_model(file: Path) -> dict:
+    """tiktoken's arguments from Meta's tokenizer.model: lines of a base64 token and its rank."""
     ranks = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise ValueError(f"{file}: line {number} is not 'base64 rank', as in Llama 3's") from None
-    return ranks, SPLIT, {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
+            raise ValueError(f"{file}: line {number} is not 'base64 rank', as in Llama 3") from None
+    special = {name: rank for rank, name in enumerate(SPECIAL, len(ranks))}
+    return {"pat_str": SPLIT, "mergeable_ranks": ranks, "special_tokens": special}
 
-def read_tokenizer_json(file: Path) -> Vocabulary:
-    """A byte-level BPE tokenizer.json. ValueError where it is of another kind."""
+def read_tokenizer_json(file: Path) -> dict:
+    """tiktoken's arguments from a byte-level BPE tokenizer.json. ValueError for another kind."""
     raw = read_json(file)
     try:
-        steps = raw["pre_tokenizer"].get("pretokenizers", [raw["pre_tokenizer"]])
-        kinds = [(step["type"], step.get("behavior"), step.get("use_regex", True)) for step in steps]
-        if kinds == [("Split", "Isolated", True), ("ByteLevel", None, False)]:
-            split = steps[0]["pattern"]["Regex"]
-        elif kinds == [("ByteLevel", None, True)] and not steps[0]["add_prefix_space"]:
-            split = GPT2_SPLIT
-        else:
-            raise ValueError(f"pre_tokenizer {kinds} is not supported")
-        if raw["model"]["type"] != "BPE" or raw.get("normalizer"):
-            raise ValueError("only BPE without a normalizer is supported")
-        # Bytes are written as printable characters; those that are none are numbered from 256 on.
+        model, (split, level) = raw["model"], raw["pre_tokenizer"]["pretokenizers"]
+        kinds = (model["type"], split["type"], split["behavior"], level["type"], level["use_regex"])
+        # Bytes are written as characters: printable ones as they are, others numbered from 256 on.
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         rest = (b for b in range(256) if b not in plain)
         byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
         special = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        ranks = {bytes(byte[c] for c in token): rank
-                 for token, rank in raw["model"]["vocab"].items() if token not in special}
+        ranks = {bytes(byte[character] for character in token): rank
+                 for token, rank in model["vocab"].items() if token not in special}
+        # tiktoken merges in the order of ranks, and so must the file's own list of merges.
+        merged = [model["vocab"]["".join(pair).replace(" ", "")] for pair in model["merges"]]
+        if (kinds != ("BPE", "Split", "Isolated", "ByteLevel", False) or raw["normalizer"]
+                or merged != sorted(merged)):
+            raise ValueError(f"{kinds}, or merges out of order")
+        pattern = split["pattern"]["Regex"]
+        return {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": special}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file}: not a byte-level BPE tokenizer as known here ({error!r})") from None
-    return ranks, split, special
+        raise ValueError(f"{file}: not a byte-level BPE that is supported ({error!r})") from None
 
 class Tokenizer:
     """Llama 3's text and chat format, on tiktoken. `stop_ids`: the tokens that end an answer."""
-
-    def __init__(self, vocabulary: Vocabulary, stop_ids: Iterable[int] = ()):
-        ranks, split, self.special = vocabulary
-        self.encoding = tiktoken.Encoding(
-            "llama3", pat_str=split, mergeable_ranks=ranks, special_tokens=self.special)
-        ends = {self.special.get("<|end_of_text|>"), self.special.get("<|eot_id|>")}
-        self.stop_ids = frozenset({*stop_ids, *ends} - {None})
+    def __init__(self, stop_ids: Iterable[int] = (), **tiktoken_arguments):
+        self.encoding = tiktoken.Encoding("llama3", **tiktoken_arguments)
+        self.special = tiktoken_arguments["special_tokens"]
+        known = {*tiktoken_arguments["mergeable_ranks"], *self.special, *RESERVED}
+        if missing := {*map(bytes, zip(range(256))), *SPECIAL} - known:
+            raise ValueError(f"a tokenizer without {missing}; expected one like Llama 3's")
+        self.stop_ids = {*stop_ids, self.special["<|end_of_text|>"], self.special["<|eot_id|>"]}
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """From tokenizer.model (here or in original/) or tokenizer.json, in a folder or hub name."""
-        folder = find_folder(path)
-        stop_ids = []
+        """From tokenizer.model (here or in original/) or tokenizer.json of a folder or hub name."""
+        folder, stop_ids = find_folder(path), []
         for file in (folder / "config.json", folder / "generation_config.json"):
             ids = read_json(file).get("eos_token_id") if file.is_file() else None
-            stop_ids += ids if isinstance(ids, list) else [ids]
-        for name in ("tokenizer.model", "original/tokenizer.model"):
+            stop_ids += ids if isinstance(ids, list) else [] if ids is None else [ids]
+        for name in ("tokenizer.model", "original/tokenizer.model", "tokenizer.json"):
             if (folder / name).is_file():
-                return cls(read_tokenizer_model(folder / name), stop_ids)
-        if (folder / "tokenizer.json").is_file():
-            return cls(read_tokenizer_json(folder / "tokenizer.json"), stop_ids)
+                read = read_tokenizer_json if name.endswith("json") else read_tokenizer_model
+                return cls(stop_ids, **read(folder / name))
         raise FileNotFoundError(f"{path}: holds neither tokenizer.model nor tokenizer.json")
 
-    def token(self, name: str) -> int:
-        """The id of a special token. ValueError if this vocabulary has none of that name."""
-        if name not in self.special:
-            raise ValueError(f"the tokenizer has no {name}; expected a Llama 3 vocabulary")
-        return self.special[name]
-
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids. A special token's name inside the text is text."""
-        start = [self.token("<|begin_of_text|>")] if bos else []
-        return start + self.encoding.encode_ordinary(text) + ([self.token("<|end_of_text|>")] if eos else [])
+        """Token ids. A special token's name inside the text is encoded as plain text."""
+        start, end = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
+        return [start] * bos + self.encoding.encode_ordinary(text) + [end] * eos
 
-    def encode_chat(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = False
-    ) -> list[int]:
-        """Token ids of [{"role": ..., "content": ...}, ...], and of the opening of an answer to them."""
-        ids = [self.token("<|begin_of_text|>")]
-        opening = [{"role": "assistant", "content": None}] if add_generation_prompt else []
-        for message in messages + opening:
-            ids += [self.token("<|start_header_id|>"), *self.encode(message["role"]),
-                    self.token("<|end_header_id|>"), *self.encode("\n\n")]
-            if message["content"] is not None:
-                ids += [*self.encode(message["content"].strip()), self.token("<|eot_id|>")]
-        return ids
+    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
+        """Token ids of [{"role": ..., "content": ...}, ...], and of the header of an answer."""
+        def header(role: str) -> list[int]:
+            return [self.special["<|start_header_id|>"], *self.encode(role),
+                    self.special["<|end_header_id|>"], *self.encode("\n\n")]
+        ids = [self.special["<|begin_of_text|>"]]
+        for message in messages:
+            content = self.encode(message["content"].strip())
+            ids += [*header(message["role"]), *content, self.special["<|eot_id|>"]]
+        return ids + header("assistant") if add_generation_prompt else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
         return self.encoding.decode(list(ids), errors="replace")
 
-# -------------------------------------------------------------------------------------------------
-# Generation
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+# ---- Generation ----------------------------------------------------------------------------------
+def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> int:
     """A token of logits (V,): the likeliest at temperature 0, else drawn from the nucleus top_p."""
     if temperature == 0:
         return int(logits.argmax())
@@ -588,23 +526,18 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return int(ids[torch.multinomial(probs, 1, generator=generator)])
 
 @torch.no_grad()
-def generate(
-    model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
-    top_p: float = 1.0, generator: torch.Generator | None = None, stop_ids: Iterable[int] = (),
-    route: Route = "learned",
-) -> Iterator[tuple[int, int]]:
-    """Yield (token id, layers used where it was predicted), of prompt input_ids (1, T) and on.
-
-    Ends after a token of stop_ids, after max_new_tokens, or at the end of the context. Prompt and
-    answer are routed alike. The generator is a CPU one. Raises ValueError for an empty or too long
-    prompt, a temperature below 0 or a top_p outside (0, 1].
-    """
+def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
+             top_p: float = 1.0, generator: torch.Generator | None = None,
+             stop_ids: Iterable[int] = (), route: Route = "learned") -> Iterator[tuple[int, int]]:
+    """Yield (token id, depth of the input position whose logits gave it) after a prompt (1, T).
+    Ends after a token of stop_ids, max_new_tokens, or at the end of the context. Prompt and answer
+    are both routed. generator: a CPU one. ValueError for a prompt or setting out of bounds."""
     T, context = input_ids.shape[-1], model.config.max_position_embeddings
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not 0 < T <= context:
-        raise ValueError(f"input_ids is {list(input_ids.shape)}; expected (1, T), T from 1 to {context}")
+        raise ValueError(f"input_ids {[*input_ids.shape]}; expected (1, T), T from 1 to {context}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}; expected >= 0 and in (0, 1]")
-    weight = model.model["embed_tokens"].weight
+    weight, stop_ids = model.model["embed_tokens"].weight, set(stop_ids)
     new_tokens = min(max_new_tokens, context - T + 1)  # the last one is not fed back
     cache = KVCache(model.config, 1, T + new_tokens, weight.device, weight.dtype)
     for _ in range(new_tokens):
