@@ -2,9 +2,9 @@
 
 Luo, Wang, Yan: "Adaptive Layer-skipping in Pre-trained LLMs", COLM 2025, arXiv 2503.23798.
 
-The pre-trained model is frozen. Each of its later layers gets two small trained parts: a router
-that gives every token a gate score g in (0, 1), and an adapter, a narrow feed-forward. For a token
-x that enters such a layer, with h = input_layernorm(x) and norm the layer's second norm:
+The pre-trained model is frozen (`freeze_base`). Each of its later layers gets two small trained
+parts: a router, which gives every token a gate score g in (0, 1), and an adapter, a narrow mlp.
+For a token x that enters such a layer, with h = input_layernorm(x) and norm the second norm:
 
     k, v = k_proj(h), v_proj(h)                                 of every token
     g > 0.5:  x = x + attention(h)                              the full path
@@ -13,14 +13,14 @@ x that enters such a layer, with h = input_layernorm(x) and norm the layer's sec
 
 A token with g = 0.4 skips. It still gets its norms, router, key, value and adapter, whose output is
 added times 0.6. Its query, attention, output projection and mlp are not computed: that is the
-saving. Keys and values are, as later tokens that run this layer attend to all tokens before them.
+saving. Its key and value have to be: later tokens that run this layer attend to all before them.
 
 The decision g > 0.5 has no gradient. The router learns through the factor g or (1 - g) on the
 output of the mlp or adapter that ran, and through `skip_loss`, the price of open gates. The factors
-stay at inference: a layer with all gates open is *not* the pre-trained one; route="full" is.
-
+stay at inference: a layer with all gates open is *not* the pre-trained one; route="full" runs that.
 For another routing rule no line has to change: pass route=callable(layer_index, gate) -> kept.
-`DecoderLayer.forward` calls it. It sees the new tokens; a rule of positions must count them itself.
+`DecoderLayer.forward` calls it in each of those layers, with the gates of the new tokens alone: a
+rule that needs their positions has to count them itself.
 
 Letters in shapes: B batch, T new tokens, S cached and new tokens, N kept tokens, Q the most any row
 keeps; D hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; L layers, R of
@@ -225,8 +225,8 @@ class Router(nn.Module):
         return self.router_head(self.router_dec(h)).squeeze(-1)                   # (B, T)
 
 class Adapter(nn.Module):
-    """Runs in place of the mlp, a SwiGLU of a sixteenth its width. Unlike in MLP, by its released
-    names, `gate_proj` and `down_proj` map D to adapter_size, and `up_proj` maps back."""
+    """Runs in place of the mlp: a SwiGLU, by default a sixteenth as wide. By the released names,
+    other than in MLP, `gate_proj` and `down_proj` map D to adapter_size and `up_proj` maps back."""
     def __init__(self, config: Config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.adapter_size, bias=False)
@@ -237,7 +237,7 @@ class Adapter(nn.Module):
         return self.up_proj(F.silu(self.gate_proj(x)) * self.down_proj(x))
 
 class DecoderLayer(nn.Module):
-    """A Llama layer; one of routing_layers has a router, and an adapter for tokens that skip it."""
+    """A Llama layer; if in routing_layers, with a router, and an adapter for tokens that skip."""
     def __init__(self, config: Config, index: int):
         super().__init__()
         self.config, self.index = config, index
@@ -301,7 +301,7 @@ class FlexiDepth(nn.Module):
         return Output(self.head(x), gates, kept)
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache = None, route: Route = "learned"):
-        """As `forward`, but (normed hidden states (B, T, D), gates, kept): for `head`, in parts."""
+        """As `forward`, but with the normed hidden states (B, T, D), for `head` in parts."""
         if not callable(route) and route not in ("learned", "full"):
             raise ValueError(f"route is {route!r}; expected 'learned', 'full' or a function")
         start, T = cache.length if cache is not None else 0, input_ids.shape[1]
@@ -348,9 +348,9 @@ class FlexiDepth(nn.Module):
                         routing_layers: list[int] | None = None, device: str = "cpu",
                         dtype: torch.dtype | None = None) -> "FlexiDepth":
         """Load a Llama or FlexiDepth checkpoint: a folder, or a hub name in the local cache.
-        flexidepth: a folder or file of trained routers and adapters. None: the checkpoint's own, or
-        new random ones (torch's global generator) in routing_layers or else the latter half. dtype:
-        None keeps the checkpoint's. FileNotFoundError, or ValueError for files that do not fit."""
+        flexidepth: a folder or file of trained routers and adapters. None: those in the model files
+        of the checkpoint, else new random ones (torch's global generator) in routing_layers or the
+        latter half. dtype: None keeps the checkpoint's. ValueError or FileNotFoundError if unfit."""
         folder = find_folder(path)
         base = read_tensors(folder, "model.safetensors", device, dtype)
         dtype = next(iter(base.values())).dtype
@@ -387,7 +387,7 @@ def skip_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     return per_token.mean() if mask is None else per_token[mask].mean()
 
 def layers_used(kept: Tensor, config: Config) -> Tensor:
-    """The depth of every token, plain layers + open gates: kept (B, T, R) -> (B, T), int64."""
+    """The depth of every token, plain layers + those that kept it: kept (B, T, R) -> (B, T)."""
     return config.num_hidden_layers - len(config.routing_layers) + kept.sum(-1)
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def find_folder(path: str | Path) -> Path:
 
 def read_tensors(path: Path, name: str, device: str, dtype: torch.dtype | None,
                  only: re.Pattern = re.compile("")) -> dict[str, Tensor]:
-    """Tensors of a file, or of `name`, model.safetensors or indexed shards in a folder."""
+    """Tensors of a file, or of a folder's first of: `name`, model.safetensors, indexed shards."""
     index = path / "model.safetensors.index.json"
     files = [file for file in (path, path / name, path / "model.safetensors") if file.is_file()][:1]
     if not files and index.is_file():
@@ -538,7 +538,7 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}; expected >= 0 and in (0, 1]")
     weight, stop_ids = model.model["embed_tokens"].weight, set(stop_ids)
-    new_tokens = min(max_new_tokens, context - T + 1)  # the last one is not fed back
+    new_tokens = max(0, min(max_new_tokens, context - T + 1))  # the last one is not fed back
     cache = KVCache(model.config, 1, T + new_tokens, weight.device, weight.dtype)
     for _ in range(new_tokens):
         x, _, kept = model.hidden_states(input_ids.to(weight.device), cache, route)

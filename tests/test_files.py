@@ -62,6 +62,17 @@ def test_plain_llama_gets_routers_in_its_latter_half(folder):
     assert FlexiDepth.from_pretrained(folder, routing_layers=[0, 3]).config.routing_layers == [0, 3]
 
 
+def test_size_of_the_8b():
+    """Widths that are not those of the released checkpoint: its 16 routers and adapters are about
+    210 M parameters beside Llama-3-8B's 8.03 G."""
+    with torch.device("meta"):
+        model = FlexiDepth(Config(128256, 4096, 14336, 32, 32, 8))
+    sizes = {trained: sum(p.numel() for name, p in model.named_parameters()
+                          if bool(TRAINED.match(name)) == trained) for trained in (True, False)}
+    assert sizes == {True: 16 * (2 * 4096 * 256 + 256 + 4096 + 3 * 4096 * 896), False: 8_030_261_248}
+    assert round(sizes[True] / 1e6) == 210
+
+
 @pytest.mark.parametrize("target", ["trained.safetensors", "a/folder"])
 def test_save_and_load_round_trip(folder, tmp_path, target):
     """A tensor that is left out, renamed or rounded on its way through the file."""
