@@ -350,7 +350,7 @@ class FlexiDepth(nn.Module):
         """Load a Llama or FlexiDepth checkpoint: a folder, or a hub name in the local cache.
         flexidepth: a folder or file of trained routers and adapters. None: those in the model files
         of the checkpoint, else new random ones (torch's global generator) in routing_layers or the
-        latter half. dtype: None keeps the checkpoint's. ValueError or FileNotFoundError if unfit."""
+        latter half. dtype: None keeps the checkpoint's. ValueError, FileNotFoundError if unfit."""
         folder = find_folder(path)
         base = read_tensors(folder, "model.safetensors", device, dtype)
         dtype = next(iter(base.values())).dtype

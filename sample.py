@@ -6,7 +6,7 @@
     python sample.py --model meta-llama/Llama-3.2-1B-Instruct --flexidepth out --chat
 
 A prompt is the user's message of a chat; with --raw it is text to be continued. Routers and adapters
-are those of --flexidepth, or what train.py left in out/ for this model, or those beside the model.
+are those of --flexidepth, or what train.py left in out/ for this model, or those in the model's own folder.
 """
 import argparse
 import codecs
@@ -64,17 +64,24 @@ def fail(message: str):
     sys.exit(2)
 
 
-def find_flexidepth(args: argparse.Namespace) -> Path | None:
-    """The routers and adapters to use: as given, as last trained for this model, or beside it."""
-    if args.flexidepth:
-        return args.flexidepth
-    record = Path("out") / "train.json"
-    if record.is_file():
-        trained_for = json.loads(record.read_text())["settings"]["model"]
+def load(args: argparse.Namespace) -> FlexiDepth:
+    """The model with the routers and adapters given, or last trained for it, or that came with it."""
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.route == "full":
+        print(f"{args.model}, all layers for every token")
+        return FlexiDepth.from_pretrained(args.model, device=args.device, dtype=dtype)
+    flexidepth, record = args.flexidepth or args.model, Path("out", "train.json")
+    if args.flexidepth is None and record.is_file():
+        trained_for = str(json.loads(record.read_text()).get("settings", {}).get("model"))
         if trained_for == args.model or Path(trained_for).resolve() == Path(args.model).resolve():
-            return record.parent
-    beside = Path(args.model) / "flexidepth.safetensors"
-    return beside if beside.is_file() else None
+            flexidepth = record.parent
+    try:
+        model = FlexiDepth.from_pretrained(args.model, flexidepth, device=args.device, dtype=dtype)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; train.py makes routers and adapters, --route full needs none") from None
+    model.config.threshold = args.threshold
+    print(f"{args.model}, routers and adapters of {flexidepth}")
+    return model
 
 
 def printable(text: str) -> str:
@@ -154,13 +161,7 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    flexidepth = find_flexidepth(args)
-    tokenizer = Tokenizer.from_pretrained(args.model)
-    model = FlexiDepth.from_pretrained(args.model, flexidepth=flexidepth, device=args.device,
-                                       dtype=getattr(torch, args.dtype) if args.dtype else None)
-    model.config.threshold = args.threshold
-    print(f"{args.model}, " + ("all layers for every token" if args.route == "full" else
-                               f"routers and adapters of {flexidepth or 'the checkpoint, random if it has none'}"))
+    tokenizer, model = Tokenizer.from_pretrained(args.model), load(args)
     if args.show_depth:
         print(Printer(tokenizer, model.config, True).legend())
     generator, messages = torch.Generator().manual_seed(args.seed), []
@@ -181,7 +182,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print()
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -265,6 +265,8 @@ def run(args: argparse.Namespace) -> None:
     seq_len = min(args.seq_len, model.config.max_position_embeddings)
     data = args.data or Path(args.model) / "train.jsonl"
     valid = args.valid or (None if args.data else Path(args.model) / "valid.jsonl")
+    if not args.data and not data.is_file():
+        raise ValueError(f"{args.model} holds no train.jsonl; name a file of training rows with --data")
     rows = read_rows(data, tokenizer, seq_len, args.answers_only)
     held_out = read_rows(valid, tokenizer, seq_len, args.answers_only) if valid else []
     config, trained = model.config, sum(p.numel() for n, p in model.named_parameters() if TRAINED.match(n))
