@@ -454,7 +454,8 @@ def read_tokenizer_json(file: Path) -> dict:
     raw = read_json(file)
     try:
         model, (split, level) = raw["model"], raw["pre_tokenizer"]["pretokenizers"]
-        kinds = (model["type"], split["type"], split["behavior"], level["type"], level["use_regex"])
+        kinds = [model["type"], split["type"], split["behavior"], level["type"]]
+        odd = [level["use_regex"], level["add_prefix_space"], raw.get("normalizer")]
         # Bytes are written as characters: printable ones as they are, others numbered from 256 on.
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         rest = (b for b in range(256) if b not in plain)
@@ -463,10 +464,9 @@ def read_tokenizer_json(file: Path) -> dict:
         ranks = {bytes(byte[character] for character in token): rank
                  for token, rank in model["vocab"].items() if token not in special}
         # tiktoken merges in the order of ranks, and so must the file's own list of merges.
-        merged = [model["vocab"]["".join(pair).replace(" ", "")] for pair in model["merges"]]
-        if (kinds != ("BPE", "Split", "Isolated", "ByteLevel", False) or raw["normalizer"]
-                or merged != sorted(merged)):
-            raise ValueError(f"{kinds}, or merges out of order")
+        ids = [model["vocab"]["".join(pair).replace(" ", "")] for pair in model["merges"]]
+        if kinds != ["BPE", "Split", "Isolated", "ByteLevel"] or any(odd) or ids != sorted(ids):
+            raise ValueError(f"{kinds}, {odd}, or merges out of order")
         pattern = split["pattern"]["Regex"]
         return {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": special}
     except (KeyError, TypeError, AttributeError, ValueError) as error:

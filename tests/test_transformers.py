@@ -230,12 +230,13 @@ def test_chat(tmp_path, add_generation_prompt):
 
 @pytest.mark.parametrize("change", [
     lambda raw: raw["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True),
+    lambda raw: raw["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
     lambda raw: raw.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False}),
     lambda raw: raw.update(normalizer={"type": "NFC"}), lambda raw: raw["model"].update(type="Unigram"),
     lambda raw: raw["model"]["merges"].reverse(), lambda raw: raw["model"]["vocab"].pop("z"),
     lambda raw: raw["added_tokens"].pop(),
-], ids=["regex", "removed", "bare", "normalizer", "unigram", "merges", "byte", "special"])
+], ids=["regex", "prefix", "removed", "bare", "normalizer", "unigram", "merges", "byte", "special"])
 def test_tokenizer_json_of_another_kind(tmp_path, change):
     """A file whose text would be cut or merged otherwise, and gives other ids without a word."""
     make_tokenizer().save(str(tmp_path / "tokenizer.json"))
