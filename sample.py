@@ -101,7 +101,7 @@ class Printer:
 
     def shade(self, text: str, depth: int) -> str:
         step = (depth - self.least) * (len(SHADES) - 1) // max(1, self.layers - self.least)
-        ink = 16 if step < 3 else 231
+        ink = 16 if step < 4 else 231  # black on the light ones, white on the dark
         return f"\033[48;5;{SHADES[step]};38;5;{ink}m{text}\033[0m" if text else ""
 
     def write(self, token: int, depth: int) -> str:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -202,8 +203,8 @@ def autocast(model: FlexiDepth) -> torch.autocast:
 def progress(step: int, steps: int, text: str) -> None:
     """A line that stays in place on a terminal, and is printed now and then elsewhere."""
     line = f"step {step}/{steps}  {text}"
-    if sys.stdout.isatty():
-        print(f"\r{line}\033[K", end="", flush=True)
+    if sys.stdout.isatty():  # cut to the width, as a line that wraps can't be overwritten
+        print(f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
     elif step % max(1, steps // 20) == 0 or step in (1, steps):
         print(line, flush=True)
 
