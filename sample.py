@@ -179,6 +179,8 @@ def main() -> None:
     args = parse_args()
     try:
         run(args)
+    except BrokenPipeError:  # as of `| head`: nobody reads on, not even what is still to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:

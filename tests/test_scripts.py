@@ -86,6 +86,15 @@ def test_sample_reads_prompts(tmp_path):
     assert result.stdout.endswith("> 2 * 34 =\n68\n")
 
 
+def test_sample_into_a_closed_pipe(tmp_path):
+    """An error for those who read the first lines alone."""
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
 def test_sample_without_routers(tmp_path, monkeypatch, capsys):
     """A plain Llama that babbles through random routers, in place of a word that it has none."""
     monkeypatch.chdir(tmp_path)
