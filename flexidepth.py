@@ -47,10 +47,9 @@ Routed = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states; gates and
 Rotation = tuple[Tensor, Tensor]                      # cos and sin of the new positions, (T, d)
 
 # Settings that would change the result, with the values implemented here ("ddllama": FlexiDepth).
-SUPPORTED = {
-    "model_type": ("llama", "ddllama"), "hidden_act": ("silu",), "rope_type": ("default", "llama3"),
-    "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (),
-    "quantization_config": ()}
+SUPPORTED = {"model_type": ("llama", "ddllama"), "hidden_act": ("silu",), "sliding_window": (),
+             "rope_type": ("default", "llama3"), "quantization_config": (),
+             "attention_bias": (False,), "mlp_bias": (False,)}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 @dataclass
@@ -181,7 +180,8 @@ class Attention(nn.Module):
             rotate(q, rotation), k, v, mask, is_causal=(S == T and T > 1), enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))                        # (B, T, D)
 
-    def forward_kept(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kept: Tensor):
+    def forward_kept(
+            self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kept: Tensor) -> Tensor:
         """Second step, only for the N tokens where kept (B, T), over all S keys -> (N, D)."""
         (B, T), S = kept.shape, k.shape[2]
         row, t = kept.nonzero(as_tuple=True)                                      # (N,)

@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     add("--chat", action="store_true", help="read messages from the terminal, and remember them")
     add("--raw", action="store_true", help="continue the prompt as plain text, without chat format")
     add("--show-depth", action="store_true", help="show how many layers each token used")
-    add("--table", action="store_true", help="with --show-depth: a row a token, with a bar")
+    add("--table", action="store_true", help="show depth as a row a token too, with a bar")
     add("--max-new-tokens", type=int, default=200, help="at most so many tokens an answer (200)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (1)")
@@ -51,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     add("--threshold", type=float, default=0.5, help="a gate is open above it (0.5); more skips more")
     add("--route", choices=["learned", "full"], default="learned", help="full: the pre-trained model")
     args = parser.parse_args()
+    args.show_depth |= args.table
     if args.max_new_tokens < 1:
         fail(f"--max-new-tokens is {args.max_new_tokens}; expected at least 1")
     if not (args.device == "cpu" or re.fullmatch(r"cuda(:\d+)?", args.device) and torch.cuda.is_available()):
@@ -134,7 +135,7 @@ def answer(model: FlexiDepth, tokenizer: Tokenizer, ids: list[int], args: argpar
                                  args.top_p, generator, tokenizer.stop_ids, args.route):
         tokens.append((token, depth, printer.write(token, depth)))
     seconds = time.time() - started
-    print()
+    print(printer.decoder.decode(b"", final=True))  # U+FFFD, if it ends within a character
     if args.show_depth:
         for _, depth, text in tokens if args.table else ():
             print(f"{depth:4d} {'#' * depth}{'.' * (layers - depth)} {text!r}")

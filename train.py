@@ -283,7 +283,9 @@ def run(args: argparse.Namespace) -> None:
     temporary = args.out / f".train.json.{os.getpid()}"
     temporary.write_text(json.dumps({"settings": settings, "valid": table}, indent=2) + "\n")
     os.replace(temporary, args.out / "train.json")
-    print(f"wrote {file}; see it at work: python sample.py --show-depth")
+    print(f"wrote {file}; see it at work: python sample.py --show-depth"
+          + (f" --model {args.model}" if Path(args.model).resolve() != TINY else "")
+          + (f" --flexidepth {args.out}" if args.out != Path("out") else ""))
 
 
 def main() -> None:
@@ -294,6 +296,8 @@ def main() -> None:
         fail(error)
     except torch.OutOfMemoryError as error:
         fail(f"{error}; a smaller --micro-batch-size or --seq-len needs less memory")
+    except KeyboardInterrupt:  # outside of the training, which saves what it has
+        sys.exit(130)
 
 
 if __name__ == "__main__":

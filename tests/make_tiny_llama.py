@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flexidepth import TRAINED, Config, FlexiDepth, Tokenizer  # noqa: E402
+from train import collate, evaluate, tokenize  # noqa: E402
 
 SAYINGS = """
 better late | than never
@@ -150,33 +151,6 @@ def write_tokenizer(file: Path):
     file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)))
 
 
-def batch(rows: list[dict], tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """(inputs, targets) (B, T); targets are -100 but for the answers."""
-    ids, starts = [], []
-    for line in rows:
-        ids.append(tokenizer.encode_chat(line["messages"]))
-        starts.append(len(tokenizer.encode_chat(line["messages"][:1], add_generation_prompt=True)))
-    length = max(map(len, ids))
-    inputs = torch.tensor([row + [0] * (length - len(row)) for row in ids])
-    targets = torch.tensor([[-100] * start + row[start:] + [-100] * (length - len(row))
-                            for row, start in zip(ids, starts)])
-    return inputs[:, :-1], targets[:, 1:]
-
-
-@torch.no_grad()
-def exact_match(model: FlexiDepth, rows: list[dict], tokenizer: Tokenizer) -> dict[str, float]:
-    """By task, the share of rows whose answer is the greedy one, which holds just if every token of
-    it is the likeliest after those before."""
-    right: dict[str, list[bool]] = {}
-    for start in range(0, len(rows), 128):
-        part = rows[start:start + 128]
-        inputs, targets = batch(part, tokenizer)
-        guess = model(inputs, route="full").logits.argmax(-1)
-        for line, ok in zip(part, ((guess == targets) | (targets == -100)).all(1).tolist()):
-            right.setdefault(line["task"], []).append(ok)
-    return {task: sum(oks) / len(oks) for task, oks in right.items()}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-llama")
@@ -230,7 +204,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         rows = [draw_for_training(rng, task, held_out) for task in rng.choices(tasks, weights, k=args.rows)]
-        inputs, targets = batch(rows, tokenizer)
+        inputs, targets, _ = collate([tokenize(line, tokenizer, answers_only=True) for line in rows], "cpu")
         loss = F.cross_entropy(model(inputs, route="full").logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -239,7 +213,8 @@ def main():
         if step % 50 == 0 or step + 1 == args.steps:
             print(f"step {step}  loss {loss.item():.4f}  {time.time() - started:.0f} s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            print("exact match", {k: round(v, 3) for k, v in exact_match(model, valid, tokenizer).items()}, flush=True)
+            figures = evaluate(model, [tokenize(line, tokenizer, answers_only=True) for line in valid], 128, "cpu")
+            print("exact match", {k: round(v["base_exact"], 3) for k, v in figures.items()}, flush=True)
             save_file({name: p.detach() for name, p in base.items()}, args.out / "model.safetensors",
                       metadata={"format": "pt"})
 
