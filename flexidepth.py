@@ -1,10 +1,9 @@
 """FlexiDepth in one file: a pre-trained Llama whose tokens choose, layer by layer, how deep to go.
 
-Luo, Wang, Yan: "Adaptive Layer-skipping in Pre-trained LLMs", COLM 2025, arXiv 2503.23798.
-
-The pre-trained model is frozen (`freeze_base`). Each of its later layers gets two small trained
-parts: a router, which gives every token a gate score g in (0, 1), and an adapter, a narrow mlp.
-For a token x that enters such a layer, with h = input_layernorm(x) and norm the second norm:
+The method of Luo, Wang, Yan: "Adaptive Layer-skipping in Pre-trained LLMs", COLM 2025, arXiv
+2503.23798. The pre-trained model is frozen. Each of its later layers gets two small trained parts:
+a router, which gives every token a gate score g in (0, 1), and an adapter, a narrow mlp. For a
+token x that enters such a layer, with h = input_layernorm(x) and norm the second norm:
 
     k, v = k_proj(h), v_proj(h)                                 of every token
     g > 0.5:  x = x + attention(h)                              the full path
@@ -18,9 +17,8 @@ saving. Its key and value have to be: later tokens that run this layer attend to
 The decision g > 0.5 has no gradient. The router learns through the factor g or (1 - g) on the
 output of the mlp or adapter that ran, and through `skip_loss`, the price of open gates. The factors
 stay at inference: a layer with all gates open is *not* the pre-trained one; route="full" runs that.
-For another routing rule no line has to change: pass route=callable(layer_index, gate) -> kept.
-`DecoderLayer.forward` calls it in each of those layers, with the gates of the new tokens alone: a
-rule that needs their positions has to count them itself.
+For another routing rule no line has to change: pass route=callable(layer_index, gate) -> kept. It
+is called by `DecoderLayer.forward` with the gates of the new tokens alone, without their positions.
 
 Letters in shapes: B batch, T new tokens, S cached and new tokens, N kept tokens, Q the most any row
 keeps; D hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; L layers, R of
@@ -41,10 +39,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-# "learned", "full" or a function (layer_index, gate (B, T) of the new tokens) -> kept (B, T), bool.
-Route = str | Callable[[int, Tensor], Tensor]
-Routed = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states; gates and kept, or None
-Rotation = tuple[Tensor, Tensor]                      # cos and sin of the new positions, (T, d)
+Route = str | Callable[[int, Tensor], Tensor]  # "learned", "full" or (layer_index, gate) -> kept
+Rotation = tuple[Tensor, Tensor]  # (cos, cos) and (-sin, sin) of the new positions, each (T, d)
 
 # Settings that would change the result, with the values implemented here ("ddllama": FlexiDepth).
 SUPPORTED = {"model_type": ("llama", "ddllama"), "hidden_act": ("silu",), "sliding_window": (),
@@ -114,9 +110,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # In this order and unfused: a last bit can flip a gate near the threshold.
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x.float() * scale).to(x.dtype)
 
 def rotary_frequencies(config: Config) -> Tensor:
     """Radians per position for each of the d/2 rotating pairs, float32 (d/2,) on the CPU."""
@@ -132,8 +127,7 @@ def rotary_frequencies(config: Config) -> Tensor:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary embedding, split-half form: dimensions i and i + d/2 turn together. x (..., d)."""
-    (cos, sin), (x1, x2) = rotation, x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+    return x * rotation[0] + x.roll(x.shape[-1] // 2, dims=-1) * rotation[1]
 
 class KVCache:
     """Keys and values of every layer and token, allocated once: each (L, B, K, max_length, d)."""
@@ -248,7 +242,7 @@ class DecoderLayer(nn.Module):
         self.router = Router(config) if index in config.routing_layers else None
         self.router_proj = Adapter(config) if index in config.routing_layers else None
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None, route: Route) -> Routed:
+    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None, route: Route) -> tuple:
         """x (B, T, D) -> x (B, T, D), and gate and kept (B, T), or None where nothing is routed."""
         h = self.input_layernorm(x)
         k, v = self.self_attn.keys_values(h, rotation)  # of every token, kept or not
@@ -260,16 +254,21 @@ class DecoderLayer(nn.Module):
             return x + self.mlp(self.post_attention_layernorm(x)), None, None
 
         gate = torch.sigmoid(self.router(h))                                      # (B, T)
-        kept = gate > self.config.threshold
-        if route != "learned":
-            kept = route(self.index, gate).bool().expand_as(gate)
-        out = torch.empty_like(x)
-        if kept.any():  # the full path
-            y = x[kept] + self.self_attn.forward_kept(h, k, v, rotation, kept)    # (N, D)
-            out[kept] = y + gate[kept, None] * self.mlp(self.post_attention_layernorm(y))
-        # The skipping path, run even with no rows: the adapter's gradients are then 0, not None.
-        y, g = x[~kept], gate[~kept, None]                                        # (B * T - N, D)
-        out[~kept] = y + (1 - g) * self.router_proj(self.post_attention_layernorm(y))
+        kept = gate > self.config.threshold if route == "learned" else route(self.index, gate)
+        kept = kept.bool().expand_as(gate)
+        N = int(kept.sum())  # read by the host: what it need not run costs nothing
+        # If all tokens go one way, as when one row is decoded, none is gathered. In training all
+        # are, even for a path that has no rows: its gradients are then 0, not None.
+        mixed = 0 < N < kept.numel() or torch.is_grad_enabled()
+        full, skip = (kept, ~kept) if mixed else (..., ...)
+        g, norm, out = gate[..., None], self.post_attention_layernorm, torch.empty_like(x)
+        if N > 0:  # the full path
+            y = x[full] + (self.self_attn.forward_kept(h, k, v, rotation, kept) if mixed else
+                           self.self_attn(h, k, v, rotation))
+            out[full] = y + g[full] * self.mlp(norm(y))
+        if mixed or N == 0:  # the skipping path
+            y = x[skip]
+            out[skip] = y + (1 - g[skip]) * self.router_proj(norm(y))
         return out, gate, kept
 
 @dataclass
@@ -279,7 +278,7 @@ class Output:
     kept: Tensor | None   # (B, T, R), bool, True where the full path ran; both None if bypassed
 
 class FlexiDepth(nn.Module):
-    """A Llama with FlexiDepth layers. Parameter names are those of the official checkpoints."""
+    """A frozen Llama with FlexiDepth layers to train. Parameters have their official names."""
     def __init__(self, config: Config):
         super().__init__()
         self.config, layers = config, config.num_hidden_layers
@@ -287,9 +286,10 @@ class FlexiDepth(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(DecoderLayer(config, i) for i in range(layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        self.lm_head = None  # tied: the embedding serves as head
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(
+            config.hidden_size, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad = bool(TRAINED.match(name))
         self.frequencies = rotary_frequencies(config)  # not a buffer, so .to(dtype) leaves it alone
 
     def forward(self, input_ids: Tensor, cache: KVCache = None, route: Route = "learned") -> Output:
@@ -308,9 +308,9 @@ class FlexiDepth(nn.Module):
         if start + T > (context := self.config.max_position_embeddings):
             raise ValueError(f"{start + T} tokens do not fit the context of {context}")
         x = self.model["embed_tokens"](input_ids)                                 # (B, T, D)
-        positions = torch.arange(start, start + T, device=x.device).float()
-        angles = torch.outer(positions, self.frequencies.to(x.device)).repeat(1, 2)
-        rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)             # (T, d) each
+        angle = torch.arange(start, start + T, device="cpu")[:, None] * self.frequencies  # (T, d/2)
+        cos, sin = angle.cos().to(x), angle.sin().to(x)  # to the device and dtype of x
+        rotation = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)          # (T, d) each
         routed = []
         for layer in self.model["layers"]:
             x, *decision = layer(x, rotation, cache, route)
@@ -323,12 +323,6 @@ class FlexiDepth(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
         return self.lm_head(x) if self.lm_head else F.linear(x, self.model["embed_tokens"].weight)
-
-    def freeze_base(self) -> "FlexiDepth":
-        """Leave requires_grad to routers and adapters alone. Returns the model."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad = bool(TRAINED.match(name))
-        return self
 
     def save_flexidepth(self, path: str | Path) -> Path:
         """Write routers and adapters to a .safetensors file, or into a folder. Returns the file."""
@@ -382,8 +376,7 @@ class FlexiDepth(nn.Module):
 
 def skip_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """L_skip: gates (B, T, R), mask (B, T) True at real tokens -> scalar, float32."""
-    # The square charges most to tokens that use many layers, and less and less as gates close.
-    per_token = gates.float().sum(-1).square()
+    per_token = gates.float().sum(-1).square()  # squared: each open gate costs more than the last
     return per_token.mean() if mask is None else per_token[mask].mean()
 
 def layers_used(kept: Tensor, config: Config) -> Tensor:
@@ -497,8 +490,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids. A special token's name inside the text is encoded as plain text."""
-        start, end = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
-        return [start] * bos + self.encoding.encode_ordinary(text) + [end] * eos
+        ids = [self.special["<|begin_of_text|>"]] * bos + self.encoding.encode_ordinary(text)
+        return ids + [self.special["<|end_of_text|>"]] * eos
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
         """Token ids of [{"role": ..., "content": ...}, ...], and of the header of an answer."""
@@ -525,7 +518,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
     probs[probs.cumsum(-1) - probs >= top_p] = 0  # the likeliest token always stays
     return int(ids[torch.multinomial(probs, 1, generator=generator)])
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, generator: torch.Generator | None = None,
              stop_ids: Iterable[int] = (), route: Route = "learned") -> Iterator[tuple[int, int]]:
@@ -541,8 +534,15 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
     new_tokens = max(0, min(max_new_tokens, context - T + 1))  # the last one is not fed back
     cache = KVCache(model.config, 1, T + new_tokens, weight.device, weight.dtype)
     for _ in range(new_tokens):
-        x, _, kept = model.hidden_states(input_ids.to(weight.device), cache, route)
-        token = sample(model.head(x[0, -1]), temperature, top_p, generator)
+        # oneDNN repacks weights before it multiplies: off for one row, which reads them just once.
+        onednn = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = onednn and input_ids.shape[1] > 1
+        try:
+            x, _, kept = model.hidden_states(input_ids.to(weight.device), cache, route)
+            logits = model.head(x[0, -1])
+        finally:
+            torch.backends.mkldnn.enabled = onednn
+        token = sample(logits, temperature, top_p, generator)
         depth = model.config.num_hidden_layers
         yield token, depth if kept is None else int(layers_used(kept[0, -1], model.config))
         if token in stop_ids:

@@ -147,7 +147,6 @@ def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def train(model: FlexiDepth, rows: list[Row], args: argparse.Namespace) -> None:
     """Adam on routers and adapters; the base neither learns nor changes. Ctrl-C ends it early."""
-    model.freeze_base()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.999), weight_decay=0.0)
     steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)

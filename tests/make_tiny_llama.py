@@ -184,7 +184,7 @@ def main():
     if not args.steps:
         return
 
-    model = FlexiDepth(Config.from_json(args.out / "config.json"))
+    model = FlexiDepth(Config.from_json(args.out / "config.json")).requires_grad_(True)
     base = {name: p for name, p in model.named_parameters() if not TRAINED.match(name)}
     for name, p in base.items():
         if p.ndim == 2:  # outputs into the residual stream start small, as there are 2L of them

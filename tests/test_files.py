@@ -179,7 +179,7 @@ def test_broken_folders(folder, tmp_path):
 
 def test_training_changes_routers_and_adapters_alone(folder):
     """A base tensor that is trained, or decays, along with the gates: its every bit must stay."""
-    model = FlexiDepth.from_pretrained(folder).freeze_base()
+    model = FlexiDepth.from_pretrained(folder)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for _ in range(3):
@@ -192,7 +192,7 @@ def test_training_changes_routers_and_adapters_alone(folder):
 
 def test_adapter_without_rows_gets_zero_gradients(folder):
     """None in place of zeros stalls training on several processes, which wait for each gradient."""
-    model = FlexiDepth.from_pretrained(folder).freeze_base()
+    model = FlexiDepth.from_pretrained(folder)
     model(ids(1, 4), route=lambda i, g: torch.ones_like(g, dtype=torch.bool)).logits.sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None for g in grads.values())
