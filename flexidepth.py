@@ -11,14 +11,14 @@ token x that enters such a layer, with h = input_layernorm(x) and norm the secon
     else:     x = x + (1 - g) * adapter(norm(x))                the skipping path
 
 A token with g = 0.4 skips. It still gets its norms, router, key, value and adapter, whose output is
-added times 0.6. Its query, attention, output projection and mlp are not computed: that is the
-saving. Its key and value have to be: later tokens that run this layer attend to all before them.
+scaled by 0.6 and added. Its query, attention, output projection and mlp are not computed: that is
+the saving. Key and value are needed: later tokens that run this layer attend to all before them.
 
 The decision g > 0.5 has no gradient. The router learns through the factor g or (1 - g) on the
 output of the mlp or adapter that ran, and through `skip_loss`, the price of open gates. The factors
 stay at inference: a layer with all gates open is *not* the pre-trained one; route="full" runs that.
-For another routing rule no line has to change: pass route=callable(layer_index, gate) -> kept. It
-is called by `DecoderLayer.forward` with the gates of the new tokens alone, without their positions.
+Another routing rule needs no change here: pass route=callable(layer_index, gate) -> kept. It takes
+the place of g > 0.5 alone, factors stay, and sees the gates of the new tokens but no positions.
 
 Letters in shapes: B batch, T new tokens, S cached and new tokens, N kept tokens, Q the most any row
 keeps; D hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; L layers, R of
@@ -40,9 +40,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 Route = str | Callable[[int, Tensor], Tensor]  # "learned", "full" or (layer_index, gate) -> kept
-Rotation = tuple[Tensor, Tensor]  # (cos, cos) and (-sin, sin) of the new positions, each (T, d)
+Rotation = tuple[Tensor, Tensor]  # cat(cos, cos), cat(-sin, sin) of the new positions, each (T, d)
 
-# Settings that would change the result, with the values implemented here ("ddllama": FlexiDepth).
+# Settings that would change the result, with the values implemented here ("ddllama": released).
 SUPPORTED = {"model_type": ("llama", "ddllama"), "hidden_act": ("silu",), "sliding_window": (),
              "rope_type": ("default", "llama3"), "quantization_config": (),
              "attention_bias": (False,), "mlp_bias": (False,)}
@@ -109,7 +109,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # In this order and unfused: a last bit can flip a gate near the threshold.
+        # Unfused, and cast before the weight, as in Llama: a last bit can flip a gate.
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * (x.float() * scale).to(x.dtype)
 
@@ -130,7 +130,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return x * rotation[0] + x.roll(x.shape[-1] // 2, dims=-1) * rotation[1]
 
 class KVCache:
-    """Keys and values of every layer and token, allocated once: each (L, B, K, max_length, d)."""
+    """Keys and values of all layers and tokens, in the model's dtype: (L, B, K, max_length, d)."""
     def __init__(self, config: Config, batch_size: int, max_length: int, device="cpu", dtype=None):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length)
         self.keys = torch.empty(*shape, config.head_dim, device=device, dtype=dtype)
@@ -147,16 +147,16 @@ class KVCache:
         return keys, values
 
 class Attention(nn.Module):
-    """Grouped-query attention in two steps, as skipping tokens take only the first."""
+    """Grouped-query attention in two steps, because skipping tokens take only the first."""
     def __init__(self, config: Config):
         super().__init__()
         self.head_dim = config.head_dim
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def keys_values(self, h: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """First step, for every token: h (B, T, D) -> rotated keys, and values, (B, K, T, d)."""
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         """Second step: all tokens of h (B, T, D) attend to k and v (B, K, S, d) -> (B, T, D)."""
         T, S = h.shape[1], k.shape[2]
         q = self.q_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, H, T, d)
-        # Token t of the T sees keys 0..S-T+t: all if it is alone; is_causal says so if S = T.
+        # Token t of the T sees keys 0..S-T+t. If T = 1 these are all; if S = T it is is_causal.
         mask = None if T in (1, S) else h.new_ones(T, S, dtype=torch.bool).tril(S - T)
         out = F.scaled_dot_product_attention(
             rotate(q, rotation), k, v, mask, is_causal=(S == T and T > 1), enable_gqa=True)
@@ -219,8 +219,8 @@ class Router(nn.Module):
         return self.router_head(self.router_dec(h)).squeeze(-1)                   # (B, T)
 
 class Adapter(nn.Module):
-    """Runs in place of the mlp: a SwiGLU, by default a sixteenth as wide. By the released names,
-    other than in MLP, `gate_proj` and `down_proj` map D to adapter_size and `up_proj` maps back."""
+    """Runs in place of the mlp: a SwiGLU, by default a sixteenth as wide. As the released weights
+    name them, and unlike MLP, `gate_proj` and `down_proj` map D to adapter_size, `up_proj` back."""
     def __init__(self, config: Config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.adapter_size, bias=False)
@@ -256,9 +256,9 @@ class DecoderLayer(nn.Module):
         gate = torch.sigmoid(self.router(h))                                      # (B, T)
         kept = gate > self.config.threshold if route == "learned" else route(self.index, gate)
         kept = kept.bool().expand_as(gate)
-        N = int(kept.sum())  # read by the host: what it need not run costs nothing
-        # If all tokens go one way, as when one row is decoded, none is gathered. In training all
-        # are, even for a path that has no rows: its gradients are then 0, not None.
+        N = int(kept.sum())  # the host waits for it, and then starts no path that is not taken
+        # Where all go one way, as a single token does, none is gathered: x[...] is all of x. With
+        # gradients on all are, and the adapter runs even on no rows: its gradients are 0, not None.
         mixed = 0 < N < kept.numel() or torch.is_grad_enabled()
         full, skip = (kept, ~kept) if mixed else (..., ...)
         g, norm, out = gate[..., None], self.post_attention_layernorm, torch.empty_like(x)
@@ -294,14 +294,14 @@ class FlexiDepth(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: KVCache = None, route: Route = "learned") -> Output:
         """Logits, gates and decisions for input_ids (B, T), int64, padded (if at all) at the end.
-        cache: holds the rows' earlier tokens (no padding) and takes these. route: "learned" holds
-        gates against the threshold; "full" bypasses routers and adapters, as the pre-trained model;
-        a function decides. ValueError for another route, or more than cache or context hold."""
+        cache: holds the rows' earlier tokens (no padding) and takes these. route: "learned"
+        compares gates with the threshold; "full" bypasses routers and adapters: the pre-trained
+        model; a function decides. ValueError for another, or more tokens than cache or context."""
         x, gates, kept = self.hidden_states(input_ids, cache, route)
         return Output(self.head(x), gates, kept)
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache = None, route: Route = "learned"):
-        """As `forward`, but with the normed hidden states (B, T, D), for `head` in parts."""
+        """As `forward`, but with normed hidden states (B, T, D), which `head` may take in parts."""
         if not callable(route) and route not in ("learned", "full"):
             raise ValueError(f"route is {route!r}; expected 'learned', 'full' or a function")
         start, T = cache.length if cache is not None else 0, input_ids.shape[1]
@@ -376,11 +376,11 @@ class FlexiDepth(nn.Module):
 
 def skip_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """L_skip: gates (B, T, R), mask (B, T) True at real tokens -> scalar, float32."""
-    per_token = gates.float().sum(-1).square()  # squared: each open gate costs more than the last
+    per_token = gates.float().sum(-1).square()  # the square: dearest where many gates are open
     return per_token.mean() if mask is None else per_token[mask].mean()
 
 def layers_used(kept: Tensor, config: Config) -> Tensor:
-    """The depth of every token, plain layers + those that kept it: kept (B, T, R) -> (B, T)."""
+    """The depth of every token, plain layers + those that kept it: kept (..., R) -> (...)."""
     return config.num_hidden_layers - len(config.routing_layers) + kept.sum(-1)
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def find_folder(path: str | Path) -> Path:
 
 def read_tensors(path: Path, name: str, device: str, dtype: torch.dtype | None,
                  only: re.Pattern = re.compile("")) -> dict[str, Tensor]:
-    """Tensors of a file, or of a folder's first of: `name`, model.safetensors, indexed shards."""
+    """Tensors of a file; of a folder, those of `name`, else model.safetensors, else its shards."""
     index = path / "model.safetensors.index.json"
     files = [file for file in (path, path / name, path / "model.safetensors") if file.is_file()][:1]
     if not files and index.is_file():
@@ -505,7 +505,7 @@ class Tokenizer:
         return ids + header("assistant") if add_generation_prompt else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids, special tokens included; bytes not in UTF-8 become U+FFFD."""
         return self.encoding.decode(list(ids), errors="replace")
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -522,9 +522,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
 def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, generator: torch.Generator | None = None,
              stop_ids: Iterable[int] = (), route: Route = "learned") -> Iterator[tuple[int, int]]:
-    """Yield (token id, depth of the input position whose logits gave it) after a prompt (1, T).
-    Ends after a token of stop_ids, max_new_tokens, or at the end of the context. Prompt and answer
-    are both routed. generator: a CPU one. ValueError for a prompt or setting out of bounds."""
+    """Yield (token id, layers used by the position that predicted it) after a prompt (1, T). Ends
+    after a token of stop_ids, max_new_tokens, or at the end of the context. Prompt and answer are
+    both routed. generator: a CPU one. ValueError, at the first token, if a setting is wrong."""
     T, context = input_ids.shape[-1], model.config.max_position_embeddings
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not 0 < T <= context:
         raise ValueError(f"input_ids {[*input_ids.shape]}; expected (1, T), T from 1 to {context}")
@@ -532,9 +532,9 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
         raise ValueError(f"temperature {temperature}, top_p {top_p}; expected >= 0 and in (0, 1]")
     weight, stop_ids = model.model["embed_tokens"].weight, set(stop_ids)
     new_tokens = max(0, min(max_new_tokens, context - T + 1))  # the last one is not fed back
-    cache = KVCache(model.config, 1, T + new_tokens, weight.device, weight.dtype)
+    cache = KVCache(model.config, 1, T + new_tokens - 1, weight.device, weight.dtype)
     for _ in range(new_tokens):
-        # oneDNN repacks weights before it multiplies: off for one row, which reads them just once.
+        # For one token oneDNN would repack all weights to use them once: off, for all threads.
         onednn = torch.backends.mkldnn.enabled
         torch.backends.mkldnn.enabled = onednn and input_ids.shape[1] > 1
         try:

@@ -192,7 +192,7 @@ def row(key: str, what: str, measured: float, at_least: float = None, at_most: f
 
 
 # ---- The rows ------------------------------------------------------------------------------------
-def decode(shape: str = "1B", device: str = "cpu", rounds: int = 7, tokens: int = 8):
+def decode(shape: str = "1B", device: str = "cpu", rounds: int = 15, tokens: int = 4):
     """Rows a to e: one row decoded, against transformers, the machine, and the ideal by bytes."""
     model, shares = random_model(shape, device), (0.0, 0.25, 0.5, 0.75, 1.0)
     routes = {"full": "full"} | {share: skipping(model.config, share) for share in shares}
@@ -256,7 +256,7 @@ def decode(shape: str = "1B", device: str = "cpu", rounds: int = 7, tokens: int 
     yield row("e", f"{where}: all gates open, time over full", ratio(seconds[0.0], seconds["full"]), at_most=1.04)
 
 
-def prefill(rounds: int = 5, T: int = 512):
+def prefill(rounds: int = 7, T: int = 512):
     """Row f."""
     model = random_model("1B")
     ids = torch.randint(128000, (1, T), generator=torch.Generator().manual_seed(0))
@@ -407,7 +407,7 @@ print(seconds, 1024 * int(status.split("VmHWM:")[1].split()[0]))
 """
 
 
-def loading(rounds: int = 3, tokens: int = 3):
+def loading(rounds: int = 5, tokens: int = 3):
     """Rows j and "d 8B": a checkpoint of 16 GB in 4 shards, read, loaded, and decoded from."""
     config = Config(**SHAPES["8B"])
     with tempfile.TemporaryDirectory() as folder:
