@@ -1,16 +1,17 @@
-"""How fast it is, and how near to what the machine allows. Prints a table; --json keeps it.
+"""How fast it is, and how near to the ideal by what was executed. Prints a table; --json keeps it.
 
-    python tests/bench.py                               # every row: about twenty minutes on two cores
+    python tests/bench.py                               # every row: a quarter of an hour on two cores
     python tests/bench.py --only a b c d e --json bench.json
 
 Each figure is a ratio of things timed in turn, A B C A B C ..., on the same random weights in the
 same process, and the median over those turns: a shared machine changes its pace, but for all alike.
 What was executed is counted beside it: FLOPs, and the bytes of the weights that took part in any
 operation. Rows that compare with transformers are left out where that is not installed, rows j and
-"d 8B" where 24 GB of memory and 17 GB of disk are not to be had, rows on the memory of the process
+"d 8B" where 22 GB of memory and 18 GB of disk are not to be had, rows on the memory of the process
 where there is no /proc. With a GPU, a to e are run there too, in both shapes.
 """
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -72,7 +73,7 @@ def random_tensors(config: Config, dtype: torch.dtype, device: str = "cpu"):
 
 
 @functools.cache
-def random_model(shape: str, device: str = "cpu") -> FlexiDepth:
+def random_model(shape: str, device: str) -> FlexiDepth:
     """A model in bfloat16, the latter half of its layers routed."""
     config = Config(**SHAPES[shape])
     with torch.device("meta"):
@@ -170,15 +171,12 @@ def resident(key: str) -> int:
 
 
 def peak_growth(run) -> int | None:
-    """By how many bytes the memory in use grew, at most, while run() ran; None if nothing tells."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    if not STATUS.is_file():
+    """By how many bytes the memory of this process grew, at most, while run() ran; None if nothing tells."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again, unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    except (AttributeError, OSError):
         return run()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     run()
     return resident("VmHWM") - before
@@ -195,35 +193,44 @@ def row(key: str, what: str, measured: float, at_least: float = None, at_most: f
 def decode(shape: str = "1B", device: str = "cpu", rounds: int = 15, tokens: int = 4):
     """Rows a to e: one row decoded, against transformers, the machine, and the ideal by bytes."""
     model, shares = random_model(shape, device), (0.0, 0.25, 0.5, 0.75, 1.0)
+    tokens = tokens if device == "cpu" else 64  # enough to make little of what a call costs at all
     routes = {"full": "full"} | {share: skipping(model.config, share) for share in shares}
     counts = {name: executed(model, PROMPT, route) for name, route in routes.items()}
     read = {name: count["weight_bytes"] for name, count in counts.items()}
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "router" not in name]
     if not model.config.tie_word_embeddings:
         matrices = matrices[1:]  # an embedding that is no head is not multiplied
-    inputs = {p.shape[1]: torch.randn(1, p.shape[1]).to(p) for p in matrices}
+    inputs = {size: torch.randn(1, size).to(p) for p in matrices for size in (p.shape[1], p.shape[1] // 2)}
 
     def answer(route):
         return list(generate(model, PROMPT, tokens, route=route))
 
     @torch.inference_mode()
-    def products(onednn):
+    def products(onednn, dtype=torch.bfloat16):
         before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, onednn
         for _ in range(tokens):
             for matrix in matrices:
-                F.linear(inputs[matrix.shape[1]], matrix)
+                matrix = matrix.view(dtype)  # as float32: the same bytes, taken for half as many weights
+                F.linear(inputs[matrix.shape[1]].to(dtype), matrix)
+        torch.backends.mkldnn.enabled = before
+
+    def transformers_without_onednn():
+        before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+        sides["transformers"]()
         torch.backends.mkldnn.enabled = before
 
     sides = {name: functools.partial(answer, route) for name, route in routes.items()}
     sides["products"] = functools.partial(products, False)
     if device == "cpu":
         sides["products by oneDNN"] = functools.partial(products, True)
+        sides["products in float32"] = functools.partial(products, False, torch.float32)
     else:
         decision = torch.ones(1, device=device)
         sides["1000 decisions read"] = lambda: [int(decision.sum()) for _ in range(1000)]
     if transformers:
         theirs, prompt = as_transformers(model), PROMPT.to(device)
         sides["transformers"] = lambda: theirs.generate(prompt, max_new_tokens=tokens, do_sample=False)
+        sides["transformers, oneDNN off"] = transformers_without_onednn
 
     seconds = in_turn(rounds, sides, f"decode {shape} {device}")
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -233,6 +240,8 @@ def decode(shape: str = "1B", device: str = "cpu", rounds: int = 15, tokens: int
     if transformers:
         yield row("a", f"{where}: full, times transformers", ratio(seconds["transformers"], seconds["full"]), 1.9,
                   **more)
+        yield row("a", f"{where}: full, times transformers with oneDNN off",
+                  ratio(seconds["transformers, oneDNN off"], seconds["full"]))
     streamed = sum(p.nbytes for p in matrices)
     yield row("b", f"{where}: weights read a second, over bare products",
               ratio(seconds["products"], seconds["full"]) * read["full"] / streamed, 0.85,
@@ -241,8 +250,11 @@ def decode(shape: str = "1B", device: str = "cpu", rounds: int = 15, tokens: int
     if device == "cpu":
         yield row("b", f"{where}: bare products by torch's own kernels, times oneDNN's",
                   ratio(seconds["products by oneDNN"], seconds["products"]))
+        yield row("b", f"{where}: bare products, bytes a second of bfloat16 over those of float32",
+                  ratio(seconds["products in float32"], seconds["products"]),
+                  float32_bytes_per_second=streamed * tokens / median["products in float32"])
     else:
-        yield row("e", f"{where}: microseconds for one decision to reach the host",
+        yield row("e", f"{where}: microseconds for one decision of an idle GPU to be read",
                   1000 * median["1000 decisions read"])
     for share in shares[1:]:
         gain, ideal = ratio(seconds["full"], seconds[share]), read["full"] / read[share]
@@ -258,7 +270,7 @@ def decode(shape: str = "1B", device: str = "cpu", rounds: int = 15, tokens: int
 
 def prefill(rounds: int = 7, T: int = 512):
     """Row f."""
-    model = random_model("1B")
+    model = random_model("1B", "cpu")
     ids = torch.randint(128000, (1, T), generator=torch.Generator().manual_seed(0))
 
     @torch.inference_mode()
@@ -300,7 +312,7 @@ def tiny(rounds: int = 15, tokens: int = 60):
 
 def batches(rounds: int = 5, tokens: int = 4):
     """Row h: rows that skip independently. A layer's weights are read as soon as one row keeps it."""
-    model = random_model("1B")
+    model = random_model("1B", "cpu")
 
     @torch.inference_mode()
     def run(ids, route):
@@ -310,12 +322,15 @@ def batches(rounds: int = 5, tokens: int = 4):
 
     for B in (2, 4, 8, 16):
         ids = torch.arange(1000, 1000 + B)[:, None]
-        counts = {"full": executed(model, ids, "full"), "half": executed(model, ids, each_by_chance(0.5))}
         sides = {"full": lambda: run(ids, "full"), "half": lambda: run(ids, each_by_chance(0.5))}
         seconds = in_turn(rounds, sides, f"batch of {B}")
+        chance = each_by_chance(0.5)  # the same decisions as in each of the timed runs
+        steps = [executed(model, ids, chance) for _ in range(tokens)]
+        read = {"full": executed(model, ids, "full")["weight_bytes"],
+                "half": statistics.mean(step["weight_bytes"] for step in steps)}
         yield row("h", f"1B, decode of {B} rows: half kept, times full", ratio(seconds["full"], seconds["half"]), 0.93,
                   tokens_per_second={k: B * tokens / statistics.median(v) for k, v in seconds.items()},
-                  executed=counts)
+                  ideal=read["full"] / read["half"], weight_bytes=read)
 
 
 def masked_forward(layer: DecoderLayer, x, rotation, cache, route):
@@ -333,7 +348,7 @@ def masked_forward(layer: DecoderLayer, x, rotation, cache, route):
 
 def training(rounds: int = 5, T: int = 256):
     """Row i: forward, backward and AdamW, routers and adapters in float32 on the bfloat16 base."""
-    model = random_model("1B")
+    model = random_model("1B", "cpu")
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()
@@ -360,14 +375,14 @@ def training(rounds: int = 5, T: int = 256):
     yield row("i", f"1B, training step of {T} tokens, half kept: gathered, times masked",
               ratio(seconds["masked"], seconds["gathered"]), 1.15,
               tokens_per_second={k: T / statistics.median(v) for k, v in seconds.items()})
-    if memory["masked"]:
-        yield row("i", "1B, the same: peak memory above the weights, over masked",
+    if memory["masked"] is not None:
+        yield row("i", "1B, the same: memory that grows during the step, over masked",
                   memory["gathered"] / memory["masked"], at_most=1.0, bytes=memory)
 
 
 def long_context(T: int = 8000, tokens: int = 24):
     """Row k: two answers in turn, token by token, after a long and a short prompt."""
-    model, c = random_model("1B"), Config(**SHAPES["1B"])
+    model, c = random_model("1B", "cpu"), Config(**SHAPES["1B"])
     ids = torch.randint(128000, (1, T), generator=torch.Generator().manual_seed(0))
     answers = {"long": generate(model, ids, tokens + 3, route="full"),
                "short": generate(model, ids[:, :8], tokens + 3, route="full")}
@@ -413,7 +428,7 @@ def loading(rounds: int = 5, tokens: int = 3):
     with tempfile.TemporaryDirectory() as folder:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if memory < 22e9 or shutil.disk_usage(folder).free < 18e9 or not STATUS.is_file():
-            print("j and d 8B are left out: they need 24 GB of memory, 17 GB of disk and /proc", file=sys.stderr)
+            print("j and d 8B are left out: they need 22 GB of memory, 18 GB of disk and /proc", file=sys.stderr)
             return
         folder = Path(folder)
         (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | SHAPES["8B"]))
@@ -455,7 +470,8 @@ def loading(rounds: int = 5, tokens: int = 3):
         seconds = in_turn(rounds, sides, "decode 8B")
         counts = {"full": executed(model, PROMPT, "full"), "half": executed(model, PROMPT, half)}
         yield row("d 8B", "8B, decode: a quarter of all layers skipped, times full",
-                  ratio(seconds["full"], seconds["half"]), 1.2, ideal=counts["full"]["weight_bytes"] / counts["half"]["weight_bytes"], executed=counts,
+                  ratio(seconds["full"], seconds["half"]), 1.2, executed=counts,
+                  ideal=counts["full"]["weight_bytes"] / counts["half"]["weight_bytes"],
                   tokens_per_second={k: tokens / statistics.median(v) for k, v in seconds.items()})
 
 
@@ -506,7 +522,9 @@ def main() -> None:
             bounds = [f">= {measured['at_least']}"] * (measured["at_least"] is not None) \
                 + [f"<= {measured['at_most']}"] * (measured["at_most"] is not None)
             print(f"{measured['row']:4} {measured['what']:75} {measured['measured']:6.3f}  {' '.join(bounds):16} "
-                  f"{'' if measured['met'] else 'not met'}", flush=True)
+                  f"{'' if measured['met'] else 'not met':8}"
+                  + (f" ideal {measured['ideal']:.3f}" if "ideal" in measured else "")
+                  + (f", reached {measured['gain']:.3f}" if "gain" in measured else ""), flush=True)
             if args.json:
                 write_json(args.json, machine, done)
 
