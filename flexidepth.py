@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-Route = str | Callable[[int, Tensor], Tensor]  # "learned", "full" or (layer_index, gate) -> kept
+Route = str | Callable[[int, Tensor], Tensor]  # or (layer_index, gate (B, T)) -> kept (B, T)
 Rotation = tuple[Tensor, Tensor]  # cat(cos, cos), cat(-sin, sin) of the new positions, each (T, d)
 
 # Settings that would change the result, with the values implemented here ("ddllama": released).
