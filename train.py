@@ -471,7 +471,7 @@ def resume(model, optimizer, args: argparse.Namespace, run_of: dict) -> int:
     for file in reversed(files):
         try:
             saved = torch.load(file, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             say(f"warning: {file} is not whole ({str(error)[:60]}...); trying the one before")
             continue
         if differ := [name for name in run_of if run_of[name] != saved["run"].get(name)]:
