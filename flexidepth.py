@@ -105,13 +105,13 @@ class Config:
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         # Unfused, and cast before the weight, as in Llama: a last bit can flip a gate.
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.float() * scale).to(x.dtype)
+        # A router's weight, float32 while it is trained, has to decide as it will in x's dtype.
+        return self.weight.to(x.dtype) * (x.float() * scale).to(x.dtype)
 
 def rotary_frequencies(config: Config) -> Tensor:
     """Radians per position for each of the d/2 rotating pairs, float32 (d/2,) on the CPU."""

@@ -62,6 +62,7 @@ RECIPES = {  # option: (paper, released, tiny, help)
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 TRAINED_ONLY = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 POOL = 16         # batches among which rows of like length are sought
+OVERWRITTEN = "" if sys.stdout.isatty() else "\n"  # the end of a line of progress
 ANSWER = 1 << 31  # set in the stored id of a token of an answer
 LOGITS = 1 << 26  # computed at a time: a float32 copy takes 268 MB
 
@@ -135,7 +136,7 @@ def progress(step: int, steps: int, text: str) -> None:
     """A line that stays in place on a terminal, and is printed now and then elsewhere."""
     line = f"step {step}/{steps}  {text}"
     if sys.stdout.isatty():  # cut to the width, as a line that wraps can't be overwritten
-        say(line[:shutil.get_terminal_size().columns - 1], end="")
+        say(line[:shutil.get_terminal_size().columns - 1], end=OVERWRITTEN)
     elif step % max(1, steps // 20) == 0 or step in (1, steps):
         say(line)
 
@@ -200,8 +201,8 @@ def load_rows(data: Path, tokenizer: Tokenizer, folder: Path, seq_len: int, answ
                     tokens, answers, task = row
                     out.write(tokens)
                     index.append((len(tokens), answers, tasks.setdefault(task, len(tasks))))
-                if number % 5000 == 0:
-                    progress(lines.tell(), size, f"tokenised {number:,} rows")
+                if number % 10000 == 0:
+                    say(f"{data}: {number:,} rows tokenised, {lines.tell() / size:.0%}", end=OVERWRITTEN)
             if not index:
                 raise ValueError(f"{data}: no row to use")
         with whole(file.with_suffix(".json")) as out:  # written last: it says that both are whole
@@ -544,33 +545,31 @@ def print_table(table: dict[str, dict[str, float]], layers: int) -> None:
 def write_full(model: FlexiDepth, args: argparse.Namespace, tensors: dict[str, Tensor]) -> None:
     """out/full: the base's files, linked where that can be, with the trained tensors as one shard more."""
     base, new, full = find_folder(args.model), args.out / ".full.part", args.out / "full"
-    index = base / "model.safetensors.index.json"
     if (base / "model.safetensors").is_file():
         with safe_open(base / "model.safetensors", framework="pt") as opened:
             places = dict.fromkeys(opened.keys(), "model.safetensors")
     else:
-        places = read_json(index)["weight_map"]
-    places = {name: shard for name, shard in places.items() if not TRAINED.match(name)}
-    shards = [*sorted({*places.values()}), ""]  # the last is new
+        places = read_json(base / "model.safetensors.index.json")["weight_map"]
+    places = {name: shard for name, shard in places.items() if not TRAINED.match(name)} | dict.fromkeys(tensors, "~")
+    shards = sorted({*places.values()})  # "~", the new one, comes last
     called = {shard: f"model-{i:05}-of-{len(shards):05}.safetensors" for i, shard in enumerate(shards, 1)}
+    others = [str(file.relative_to(base)) for pattern in ("*token*", "generation_config.json", "chat_template*",
+                                                          "original/tokenizer.model") for file in base.glob(pattern)]
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    dtype = model.model["embed_tokens"].weight.dtype
-    (new / called[""]).write_bytes(save({name: t.to(dtype) for name, t in tensors.items()}, {"format": "pt"}))
-    others = [file.relative_to(base) for pattern in ("*token*", "generation_config.json", "chat_template*",
-                                                     "original/tokenizer.model") for file in base.glob(pattern)]
-    for source, target in [*((shard, called[shard]) for shard in shards[:-1]), *((file, file) for file in others)]:
-        (new / target).parent.mkdir(exist_ok=True)
+    for name in {*shards[:-1], *others}:
+        target = new / called.get(name, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link((base / source).resolve(), new / target)
+            os.link((base / name).resolve(), target)
         except OSError:  # on another disk
-            shutil.copyfile(base / source, new / target)
+            shutil.copyfile(base / name, target)
+    dtype = model.model["embed_tokens"].weight.dtype
+    (new / called["~"]).write_bytes(save({name: t.to(dtype) for name, t in tensors.items()}, {"format": "pt"}))
     size = sum(p.numel() * dtype.itemsize for p in model.parameters())
-    places = {name: called[shard] for name, shard in (places | dict.fromkeys(tensors, "")).items()}
+    index = {"metadata": {"total_size": size}, "weight_map": {name: called[shard] for name, shard in places.items()}}
     config = {"model_type": "ddllama", "routing_layers": model.config.routing_layers}
-    for name, content in (("model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places}),
-                          ("config.json", read_json(base / "config.json") | config)):
-        (new / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name, content in (("model.safetensors.index", index), ("config", read_json(base / "config.json") | config)):
+        (new / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     shutil.rmtree(full, ignore_errors=True)
     new.replace(full)
 
