@@ -406,6 +406,8 @@ def train(model: FlexiDepth, rows: Rows, held_out: Rows | None, args: argparse.N
         if stop and step < steps:
             say(f"stopped after step {step}; the same command with --resume goes on from there")
             sys.exit(130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is left to save
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def open_metrics(file: Path, begun: int):
