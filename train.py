@@ -312,7 +312,7 @@ def backward(model: FlexiDepth, batch: list[Row], args: argparse.Namespace, forw
     """
     batch = sorted(batch, key=lambda row: len(row.ids))  # rows of one length need no padding
     real_tokens = sum(len(row.ids) - 1 for row in batch)
-    counted_tokens = int(sum(sum(row.counted[1:]) for row in batch))
+    counted_tokens = sum(np.count_nonzero(row.counted[1:]) for row in batch)
     parts = [batch[i:i + args.micro_batch_size] for i in range(0, len(batch), args.micro_batch_size)][RANK::WORLD]
     sums = torch.zeros(2 + len(model.config.routing_layers), device=args.device)
     for part in parts:
@@ -346,7 +346,7 @@ def autocast(model: FlexiDepth) -> torch.autocast:
 # ---- Training
 
 def distribute(model: FlexiDepth, args: argparse.Namespace) -> Callable:
-    """What takes the place of model.hidden_states when several processes train it."""
+    """What to call in place of model.hidden_states, so that the processes' gradients meet."""
     for layer in model.model["layers"] if args.checkpoint_activations else ():
         if layer.router is not None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -393,7 +393,8 @@ def train(model: FlexiDepth, rows: Rows, held_out: Rows | None, args: argparse.N
                  f"{(now - started) / (step - begun) * (steps - step):.0f} s left")
         usual = 0.97 * usual + 0.03 * np.array(keep)  # from the coin flips that gates begin with
         if step % max(1, steps // 20) == 0 and (warning := collapse(usual, config.routing_layers)) != warned:
-            say(warned := warning)
+            warned = warning
+            say(warning or "routing no longer collapses")
         if args.eval_every and step % args.eval_every == 0 and held_out and step < steps:
             table = evaluate(model, held_out, args.micro_batch_size, args.device)
             note(metrics, step=step, valid=table)
