@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from flexidepth import Config, DecoderLayer, FlexiDepth, KVCache, generate, skip_loss  # noqa: E402
-from train import autocast  # noqa: E402
+from train import LOGITS, Row, autocast, backward, distribute  # noqa: E402
 
 try:
     import transformers
@@ -349,38 +349,109 @@ def masked_forward(layer: DecoderLayer, x, rotation, cache, route):
     return torch.where(kept[..., None], full, skip), gate, kept
 
 
+def dense_forward(routed: dict, layer, x, **arguments):
+    """The same in transformers' decoder layer, with the router and adapter of ours that it stands for."""
+    h, norm, parts = layer.input_layernorm(x), layer.post_attention_layernorm, routed.get(layer)
+    y = x + layer.self_attn(hidden_states=h, **arguments)[0]
+    if parts is None:
+        return y + layer.mlp(norm(y))
+    router, adapter, gates = parts
+    gate = torch.sigmoid(router(h))
+    gates.append(gate)
+    kept, g = torch.rand_like(gate) < 0.5, gate[..., None]
+    return torch.where(kept[..., None], y + g * layer.mlp(norm(y)), x + (1 - g) * adapter(norm(x)))
+
+
 def training(rounds: int = 5, T: int = 256):
-    """Row i: forward, backward and AdamW, routers and adapters in float32 on the bfloat16 base."""
+    """Rows i, l: forward, backward and AdamW, routers and adapters in float32 on the bfloat16 base."""
     model = random_model("1B", "cpu")
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(128000, (1, T + 1), generator=torch.Generator().manual_seed(0))
+    args = argparse.Namespace(alpha=1e-3, micro_batch_size=1, device="cpu")
 
-    def step():
+    def gathered():  # the step of train.py
         optimizer.zero_grad()
-        with autocast(model):
-            out = model(ids[:, :-1], route=each_by_chance(0.5))
-        loss = F.cross_entropy(out.logits[0].float(), ids[0, 1:])
-        (loss + 1e-3 * skip_loss(out.gates)).backward()
+        row = Row(ids[0], torch.ones(T + 1, dtype=torch.bool), "")
+        backward(model, [row], args, functools.partial(model.hidden_states, route=each_by_chance(0.5)))
         optimizer.step()
 
     def masked():
         with mock.patch.object(DecoderLayer, "forward", masked_forward):
-            step()
+            gathered()
 
-    sides = {"masked": masked, "gathered": step}
+    sides = {"masked": masked, "gathered": gathered}
+    if transformers:
+        theirs = as_transformers(model).requires_grad_(False)
+        gates = []
+        routed = {theirs.model.layers[layer.index]: (layer.router, layer.router_proj, gates)
+                  for layer in model.model["layers"] if layer.router is not None}
+
+        def dense():
+            optimizer.zero_grad()
+            gates.clear()
+            with autocast(model), mock.patch.object(
+                    transformers.models.llama.modeling_llama.LlamaDecoderLayer, "forward",
+                    lambda layer, x, **arguments: dense_forward(routed, layer, x, **arguments)):
+                logits = theirs(ids[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits[0].float(), ids[0, 1:]) + 1e-3 * skip_loss(torch.stack(gates, -1))
+            loss.backward()
+            optimizer.step()
+        sides["transformers"] = dense
     seconds = in_turn(rounds, sides, "training")
     memory = {name: peak_growth(run) for name, run in sides.items()}
     for p in trained:
         p.grad, p.data = None, p.data.bfloat16()
-    yield row("i", f"1B, training step of {T} tokens, half kept: gathered, times masked",
-              ratio(seconds["masked"], seconds["gathered"]), 1.15,
-              tokens_per_second={k: T / statistics.median(v) for k, v in seconds.items()})
-    if memory["masked"] is not None:
-        yield row("i", "1B, the same: memory that grows during the step, over masked",
-                  memory["gathered"] / memory["masked"], at_most=1.0, bytes=memory)
+    speed = {name: T / statistics.median(each) for name, each in seconds.items()}
+    for key, other in [("i", "masked"), ("l", "transformers")][:len(sides) - 1]:
+        name = {"i": "computing both paths and masking", "l": "transformers with dense routers"}[key]
+        yield row(key, f"1B, training step of {T} tokens, half kept: speed over {name}",
+                  ratio(seconds[other], seconds["gathered"]), 1.15, tokens_per_second=speed)
+        if memory[other] is not None:
+            yield row(key, "1B, the same: memory that grows during the step, over it",
+                      memory["gathered"] / memory[other], at_most=1.0, bytes=memory)
+
+
+def saved_bytes(model: FlexiDepth, T: int, checkpoint_activations: bool) -> int:
+    """What autograd keeps of a forward pass of T tokens, half kept, in tensors that are no parameters."""
+    parameters, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    forward = distribute(model, argparse.Namespace(checkpoint_activations=checkpoint_activations, shard=False))
+    with autocast(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward(torch.zeros(1, T, dtype=torch.long), route=each_by_chance(0.5))
+    del result
+    return sum(kept.values())
+
+
+def training_memory(T: int = 2048, counted: int = 256):
+    """Row m: bytes of a training step of the 8B, one row of T tokens at a time. What a routed layer keeps
+    for the backward pass is counted on one of its shape, with fewer tokens: it grows as they do."""
+    config = Config(**SHAPES["8B"])
+    with torch.device("meta"):
+        shapes = FlexiDepth(config)
+    trained = sum(p.numel() for p in shapes.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in shapes.parameters()) - trained
+    one = Config(**SHAPES["8B"] | {"num_hidden_layers": 2, "routing_layers": [1], "vocab_size": 8})
+    layer, last = [], len(config.routing_layers)
+    for checkpointed in (False, True):
+        model = FlexiDepth(one)
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.bfloat16()
+        layer.append(saved_bytes(model, counted, checkpointed) * T // counted)
+    fixed = 2 * frozen + 16 * trained + 2 * trained  # base; masters, gradients, Adam; autocast's copies
+    logits = LOGITS * (2 + 4 + 4 + 4 + 2)  # bfloat16, float32, their log-softmax, the gradients of both
+    parts = {"base": 2 * frozen, "trained": 18 * trained, "layer": layer[0], "layer_checkpointed": layer[1],
+             "logits": logits}
+    yield row("m", f"8B, training row of {T} tokens, half kept: GB, counted", (
+        fixed + last * layer[0] + logits) / 1e9, at_most=80, bytes=parts)
+    yield row("m", "8B, the same with --checkpoint-activations", (
+        fixed + last * layer[1] + layer[0] + logits) / 1e9, at_most=24, bytes=parts)
 
 
 def long_context(T: int = 8000, tokens: int = 24):
@@ -502,8 +573,8 @@ def write_json(file: Path, machine: dict, rows: list[dict]) -> None:
         sys.exit(2)
 
 
-SECTIONS = {loading: "j d", decode: "a b c d e", prefill: "f", tiny: "g", batches: "h", training: "i",
-            long_context: "k"}
+SECTIONS = {loading: "j d", decode: "a b c d e", prefill: "f", tiny: "g", batches: "h", training: "i l",
+            training_memory: "m", long_context: "k"}
 
 
 def main() -> None:
@@ -517,7 +588,7 @@ def main() -> None:
                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if not transformers:
-        print("transformers is not installed: rows a, g and parts of d and f are left out")
+        print("transformers is not installed: rows a, g, l and parts of d and f are left out")
     sections = [section for section, rows in SECTIONS.items() if not args.only or {*rows.split()} & {*args.only}]
     if torch.cuda.is_available():
         sections += [functools.partial(decode, shape, "cuda") for shape in SHAPES

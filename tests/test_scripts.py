@@ -134,11 +134,11 @@ def call(script, capsys, *arguments):
 
 @pytest.mark.parametrize("arguments, word", [
     (["--model", "no/such/model"], "no/such/model"),
-    (["--alpha", "-1"], "--alpha is -1"), (["--alpha", "much"], "invalid float value: 'much'"),
-    (["--batch-size", "0"], "--batch-size is 0"), (["--device", "gpu7"], "gpu7"),
+    (["--alpha", "-1"], "--alpha: -1"), (["--alpha", "much"], "invalid float value: 'much'"),
+    (["--batch-size", "0"], "--batch-size: 0"), (["--device", "gpu7"], "gpu7"),
     (["--data", "none.jsonl"], "none.jsonl"), (["--data", "empty.jsonl"], "empty.jsonl: no row"),
     (["--data", "broken.jsonl"], "broken.jsonl: line 2"), (["--data", "role.jsonl"], "unknown role 'wizard'"),
-    (["--data", "fields.jsonl"], "fields.jsonl: line 1"), (["--data", "binary.jsonl"], "binary.jsonl: line 1"), (["--seq-len", "3"], "more than --seq-len 3"),
+    (["--data", "fields.jsonl"], "fields.jsonl: line 1"), (["--data", "binary.jsonl"], "binary.jsonl: line 1"), (["--seq-len", "3"], "--seq-len 3 leaves out 3920"),
     (["--out", "empty.jsonl"], "empty.jsonl"), (["--model", "elsewhere"], "with --data"), (["--flexidepth", "none"], "none"),
 ])
 def test_train_refuses(tmp_path, monkeypatch, capsys, arguments, word):
@@ -194,7 +194,7 @@ def test_a_row_is_a_line(tmp_path):
     line = json.dumps({"text": "a\u2028b\u0085c"}, ensure_ascii=False)
     (tmp_path / "rows.jsonl").write_text(line + "\r\n\n" + line, encoding="utf-8")
     tokenizer = Tokenizer.from_pretrained(TINY)
-    assert len(train.load_rows(tmp_path / "rows.jsonl", tokenizer, tmp_path, 256, False)) == 2
+    assert len(train.Rows(tmp_path / "rows.jsonl", tokenizer, tmp_path, Namespace(seq_len=256, answers_only=False))) == 2
 
 
 def test_micro_batches_add_up():
@@ -241,7 +241,7 @@ def test_tiny_llama(tmp_path):
     assert {load_file(TINY / "model.safetensors")["model.norm.weight"].dtype} == {torch.float32}
     tokenizer = Tokenizer.from_pretrained(TINY)
     model = FlexiDepth.from_pretrained(TINY, flexidepth=TINY)
-    rows = train.load_rows(TINY / "valid.jsonl", tokenizer, tmp_path, 256, True)
+    rows = train.Rows(TINY / "valid.jsonl", tokenizer, tmp_path, Namespace(seq_len=256, answers_only=True))
     table = train.evaluate(model, rows, 128, "cpu")
     assert all(line["base_exact"] >= 0.97 for line in table.values()), table
     mean = {key: sum(line[key] for line in table.values()) / len(table) for key in table["add"]}
