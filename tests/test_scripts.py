@@ -1,4 +1,4 @@
-"""train.py and sample.py as a user runs them: what they print, write and refuse."""
+"""train.py as a user runs it: what it prints, writes and refuses; and sample.py with what it wrote."""
 import hashlib
 import json
 import os
@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sample
 import train
 from flexidepth import FlexiDepth, Tokenizer, generate
 
@@ -64,66 +63,6 @@ def test_sample_uses_what_was_trained_and_says_so(trained):
     assert here.stdout.splitlines()[3:] != elsewhere.stdout.splitlines()[3:]
 
 
-def test_sample_in_plain_text(tmp_path):
-    """Colour codes in a pipe or despite NO_COLOR, a depth or the mean that is not shown."""
-    result = run("sample.py", "--show-depth", "--table", cwd=tmp_path, NO_COLOR="1")
-    assert result.returncode == 0, result.stderr
-    assert "\033" not in result.stdout and "layers on average" in result.stdout
-    assert result.stdout.count("> ") >= len(sample.EXAMPLES)
-    table = [line.split()[:2] for line in result.stdout.splitlines() if line.startswith("  ")]
-    assert len(table) > 20 and all(int(depth) == bar.count("#") and len(bar) == 12 for depth, bar in table)
-    full = run("sample.py", "--route", "full", "--prompt", "7 * 58 =", cwd=tmp_path)
-    assert full.stdout.splitlines()[-1] == "406"
-
-
-def test_sample_reads_prompts(tmp_path):
-    """A prompt that is lost on its way: from the command line, a file or a conversation."""
-    (tmp_path / "prompts.txt").write_text("Repeat: 11 22 33\n\n7 * 11 =\n")
-    result = run("sample.py", "--prompt-file", "prompts.txt", "--prompt", "2 * 34 =", cwd=tmp_path)
-    assert [line for line in result.stdout.splitlines()[1:] if line] == [
-        "> 2 * 34 =", "68", "> Repeat: 11 22 33", "11 22 33", "> 7 * 11 =", "77"]
-    result = subprocess.run([sys.executable, ROOT / "sample.py", "--chat"], input="2 * 34 =\n", text=True,
-                            capture_output=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.stdout.endswith("> 2 * 34 =\n68\n")
-
-
-def test_sample_into_a_closed_pipe(tmp_path):
-    """An error for those who read the first lines alone."""
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 0
-
-
-def test_sample_without_routers(tmp_path, monkeypatch, capsys):
-    """A plain Llama that babbles through random routers, in place of a word that it has none."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("config.json", "model.safetensors", "tokenizer.model"):
-        (tmp_path / name).symlink_to(TINY / name)
-    code, err = call(sample, capsys, "--model", ".", "--prompt", "7 * 58 =")
-    assert code == 2 and "--route full" in err and err.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", ".", "--prompt", "7 * 58 =", "--route", "full"])
-    sample.main()
-    assert capsys.readouterr().out.endswith("406\n")
-
-
-def test_characters_come_out_whole(monkeypatch, capsys):
-    """Half a character printed as U+FFFD, a control sequence that reaches the terminal, a shade that
-    is the same for every depth."""
-    tokenizer, config = Tokenizer.from_pretrained(TINY), FlexiDepth.from_pretrained(TINY).config
-    printer = sample.Printer(tokenizer, config, True)
-    for token in tokenizer.encode("é\033[2J\u202e"):
-        printer.write(token, 7)
-    assert capsys.readouterr().out == "[7]é[7]\\x1b[7][[7]2[7]J[7][7][7]\\u202e[7]"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    printer = sample.Printer(tokenizer, config, True)
-    assert len({printer.shade("x", depth) for depth in range(6, 13)}) == 7
-    printer.write(ord("A"), 6)
-    assert capsys.readouterr().out == printer.shade("A", 6)
-
-
 def call(script, capsys, *arguments):
     """Exit status and standard error of a script's main() in this process."""
     sys.argv = [script.__name__, *map(str, arguments)]
@@ -154,22 +93,6 @@ def test_train_refuses(tmp_path, monkeypatch, capsys, arguments, word):
         (tmp_path / "elsewhere" / name).symlink_to(TINY / name)
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained before it looked"))
     code, err = call(train, capsys, *arguments)
-    assert code == 2 and word in err and err.count("\n") == 1, err
-
-
-@pytest.mark.parametrize("arguments, word", [
-    (["--model", "nowhere"], "nowhere: no such folder"), (["--prompt", " "], "empty prompt"),
-    (["--prompt", "1 " * 300], "from 1 to 256"), (["--prompt-file", "none.txt"], "none.txt"),
-    (["--prompt-file", "empty.txt"], "empty.txt: no prompt"), (["--temperature", "-1"], "temperature -1"),
-    (["--top-p", "1.5"], "top_p 1.5"), (["--route", "random"], "invalid choice: 'random'"),
-    (["--flexidepth", "empty.txt"], "empty.txt: not a whole safetensors"), (["--device", "gpu7"], "gpu7"),
-    (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--depth"], "--depth"),
-])
-def test_sample_refuses(tmp_path, monkeypatch, capsys, arguments, word):
-    """A traceback where a line would help."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").write_text("\n")
-    code, err = call(sample, capsys, *arguments)
     assert code == 2 and word in err and err.count("\n") == 1, err
 
 
