@@ -405,16 +405,16 @@ def find_folder(path: str | Path) -> Path:
 def read_tensors(path: Path, name: str, device: str, dtype: torch.dtype | None,
                  only: re.Pattern = re.compile("")) -> dict[str, Tensor]:
     """Tensors of a file; of a folder, those of `name`, else model.safetensors, else its shards."""
-    index = path / "model.safetensors.index.json"
+    index, tensors = path / "model.safetensors.index.json", {}
     files = [file for file in (path, path / name, path / "model.safetensors") if file.is_file()][:1]
-    if not files and index.is_file():
-        files = [path / file for file in sorted({*read_json(index).get("weight_map", {}).values()})]
-    tensors = {}
+    places = read_json(index).get("weight_map", {}) if not files and index.is_file() else {}
+    files = files or [path / file for file in sorted({*places.values()})]
     for file in files:
         try:
             with safe_open(file, framework="pt", device=str(device)) as opened:
                 for key in filter(only.match, opened.keys()):
-                    tensors[key] = opened.get_tensor(key).to(dtype=dtype)
+                    if not places or places.get(key) == file.name:
+                        tensors[key] = opened.get_tensor(key).to(dtype=dtype)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
     if not tensors:

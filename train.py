@@ -40,6 +40,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -95,14 +96,16 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     tiny = Path(args.model).resolve() == TINY
     parser.set_defaults(**RECIPES[args.recipe or ("tiny" if tiny else "paper")])
-    args = parser.parse_args()
+    args = parser.parse_args()  # again, now with the recipe's defaults
     args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // WORLD))
     if args.batch_size % (WORLD * args.micro_batch_size):
         fail(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes times "
              f"--micro-batch-size {args.micro_batch_size}")
-    if args.device != "cpu" and not (
-            re.fullmatch(r"cuda(:\d+)?", args.device) and torch.cuda.is_available()):
-        fail(f"--device {args.device}: not found by torch; expected cpu, or cuda if there is a GPU")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device) or args.device != "cpu" and (
+            WORLD > 1 and ":" in args.device
+            or int(args.device[5:] or 0) >= torch.cuda.device_count()):
+        fail(f"--device {args.device}: torch finds {torch.cuda.device_count()} GPUs; expected cpu, "
+             "cuda, or, for one process, a GPU by number as cuda:0")
     if args.shard and WORLD == 1:
         fail("--shard needs several processes: torchrun --nproc-per-node 2 train.py --shard ...")
     return args
@@ -175,7 +178,7 @@ def read_line(data: Path, numbered: tuple[int, bytes]) -> tuple[np.ndarray, str]
     number, line = numbered
     try:
         row = tokenize(json.loads(line), TOKENIZER, answers_only=True) if line.strip() else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{data}: line {number}: expected {{"messages": [{{"role": ..., "content":'
                          f' ...}}, ...]}} or {{"text": ...}}, not {line[:60]!r} ({error!r})'
                          ) from None
@@ -218,14 +221,16 @@ class Rows(Sequence):
             dist.barrier()
         index = read_json(file.with_suffix(".json"))
         lengths, tasks = np.array(index["rows"], np.int64).reshape(-1, 2).T
-        starts, used = lengths.cumsum() - lengths, (1 < lengths) & (lengths <= args.seq_len)
+        self.tokens, starts = np.memmap(file, np.uint32, "r"), lengths.cumsum() - lengths
+        used = (1 < lengths) & (lengths <= args.seq_len)
+        if args.answers_only:  # a row without an answer teaches nothing
+            used &= np.logical_or.reduceat(self.tokens >= ANSWER, starts)
         if dropped := int((lengths > args.seq_len).sum()):
             say(f"{data}: {dropped} rows of more than {args.seq_len} tokens are left out")
         if not used.any():
             raise ValueError(f"{data}: no row to use (--seq-len {args.seq_len} leaves out "
                              f"{dropped})")
         self.name, self.answers_only = file.stem, args.answers_only
-        self.tokens = np.memmap(file, np.uint32, "r")
         self.lengths, self.starts = lengths[used], starts[used]
         self.tasks = [index["tasks"][task] for task in tasks[used]]
 
@@ -309,8 +314,8 @@ def backward(model: FlexiDepth, batch: list[Row], args: argparse.Namespace,
             x = x[counted]
             lm, gradient = lm_loss(model, x, targets[counted], counted_tokens)
         skip = skip_loss(gates, real) * real.sum() / real_tokens                  # L_skip
-        # The gradients of x and of L_skip go on from here. DDP and FSDP take means over processes
-        # where these are parts of a sum.
+        # lm_loss cut x off: both gradients go on from here. DDP and FSDP take their mean over the
+        # processes, but they are parts of a sum.
         gradients = [gradient * WORLD, torch.full_like(skip, args.alpha * WORLD)]
         torch.autograd.backward([x, skip], gradients)
         sums += torch.cat([torch.stack([lm, skip.detach()]), kept[real].sum(0) / real_tokens])
@@ -323,8 +328,9 @@ def distribute(model: FlexiDepth, args: argparse.Namespace) -> Callable:
         if layer.router is not None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.shard:  # every process holds a part of each layer, and gets the others as it runs
+        mesh = init_device_mesh(torch.device(args.device).type, (WORLD,))
         for module in (*model.model["layers"], model):
-            fully_shard(module)
+            fully_shard(module, mesh=mesh)
         register_fsdp_forward_method(model, "hidden_states")
     elif WORLD > 1:
         model.forward = model.hidden_states  # DDP runs forward; the head comes after it, in chunks
@@ -340,12 +346,20 @@ def train(model: FlexiDepth, rows: Rows, held_out: Sequence[Row], args: argparse
     steps = args.steps or max(1, round(args.epochs * len(rows) / args.batch_size))
     begun, noted = resume(model, optimizer, args, run_of)
     metrics = open(args.out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
-    if RANK == 0:
-        metrics.truncate(noted)  # what was noted after the checkpoint comes again
+    if RANK == 0:  # what was noted after the checkpoint comes again
+        metrics.truncate(min(noted, metrics.tell()))
+
+    def note(**figures) -> None:
+        with suppress(OSError):  # where the disk is full; it is written with what comes later
+            print(json.dumps(figures), file=metrics)
     plain, usual, warned = config.num_hidden_layers - len(config.routing_layers), 0.5, ""
     signals, started = [], time.time()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: signals.append(say("stopping after this step ...")))
+
+    def on_signal(number, frame) -> None:
+        signals.append(number)
+        say("stopping after this step ...")
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     for step, chosen in enumerate(plan_batches(rows.lengths, steps, args)[begun:], begun + 1):
         batch, before = [rows[i] for i in chosen], time.time()
         # Warm-up over 3 % of the steps, then a cosine to zero.
@@ -361,9 +375,8 @@ def train(model: FlexiDepth, rows: Rows, held_out: Sequence[Row], args: argparse
         optimizer.step()
         now, layers = time.time(), plain + sum(keep)
         speed = sum(len(row.ids) for row in batch) / (now - before)
-        print(json.dumps({"step": step, "lm_loss": lm, "skip_loss": skip, "layers": layers,
-                          "kept": keep, "grad_norm": norm, "lr": lr, "tokens_per_s": speed,
-                          "memory": peak_memory(args.device)}), file=metrics)
+        note(step=step, lm_loss=lm, skip_loss=skip, layers=layers, kept=keep, grad_norm=norm,
+             lr=lr, tokens_per_s=speed, memory=peak_memory(args.device))
         now_and_then = step % max(1, steps // 20) == 0
         left = (now - started) / (step - begun) * (steps - step)
         say(f"step {step}/{steps}  loss {lm:.4f}  skip loss {skip:6.3f}  layers used {layers:5.2f}"
@@ -376,12 +389,13 @@ def train(model: FlexiDepth, rows: Rows, held_out: Sequence[Row], args: argparse
             say(warning or "routing no longer collapses")
         if held_out and args.eval_every and step % args.eval_every == 0 and step < steps:
             table = evaluate(model, held_out, args.micro_batch_size, args.device)
-            print(json.dumps({"step": step, "valid": table}), file=metrics)
+            note(step=step, valid=table)
             print_table(table, config.num_hidden_layers)
         stop = over_processes(torch.tensor(float(len(signals)), device=args.device)) > 0
         if step % args.save_every == 0 or stop or step == steps:
-            save_checkpoint(model, optimizer, step, metrics.tell(), args, run_of)
+            save_checkpoint(model, optimizer, step, metrics, args, run_of)
         if stop and step < steps:
+            over_processes(stop.float())  # all wait until it is written
             say(f"stopped after step {step}; the same command with --resume goes on from there")
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is left to save
@@ -410,14 +424,15 @@ def checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(folder.glob("checkpoint-*.pt"))
 
-def save_checkpoint(model, optimizer, step: int, noted: int, args, run_of: dict) -> None:
+def save_checkpoint(model, optimizer, step: int, metrics, args, run_of: dict) -> None:
     """What --resume needs. A disk that is full costs the checkpoint, not the run."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state = get_state_dict(model, optimizer, options=options)  # all processes give their parts
     try:
         if RANK == 0:
             with whole(args.out / f"checkpoint-{step:08}.pt") as out:
-                torch.save({"step": step, "noted": noted, "run": run_of, "state": state}, out)
+                torch.save({"step": step, "noted": metrics.tell(), "run": run_of,
+                            "state": state}, out)
             for old in checkpoints(args.out)[:-2]:
                 old.unlink()
     except (OSError, RuntimeError) as error:
@@ -444,8 +459,9 @@ def resume(model, optimizer, args: argparse.Namespace, run_of: dict) -> tuple[in
                        options=StateDictOptions(full_state_dict=True, strict=False))
         say(f"going on from step {saved['step']} ({file})")
         return saved["step"], saved["noted"]
-    if files:
-        raise ValueError(f"{args.out}: no checkpoint can be read; remove them to begin anew")
+    if files or args.resume and (args.out / "train.json").is_file():
+        what = "no checkpoint can be read; remove them" if files else "the run has ended; use --out"
+        raise ValueError(f"{args.out}: {what} to begin anew")
     return 0, 0
 
 # ---- Results -------------------------------------------------------------------------------------
@@ -477,10 +493,10 @@ def evaluate(model: FlexiDepth, rows: Sequence[Row], batch_size: int, device: st
             len(part), 6).index_add(0, in_row, of_tokens).T                       # (rows,) each
         of_rows = [tokens >= 0, tokens, base == tokens, base_loss, flexi == tokens, loss, layers]
         task = torch.tensor([tasks.index(row.task) for row in part], device=device)[:len(mine)]
-        sums.index_add_(0, task, torch.stack(of_rows, 1)[:len(mine)].double())
-    sums = over_processes(sums)
-    sums[:, [2, 4]] /= sums[:, :1]
-    sums[:, [3, 5, 6]] /= sums[:, 1:2]
+        sums.index_add_(0, task, torch.stack(of_rows, 1)[:len(mine)])
+    over_processes(sums)
+    sums[:, [2, 4]] /= sums[:, :1]     # exact match, over rows
+    sums[:, [3, 5, 6]] /= sums[:, 1:2] # losses and layers, over tokens
     names = ("rows", "tokens", "base_exact", "base_loss", "flexidepth_exact", "flexidepth_loss",
              "layers")
     return {task: dict(zip(names, line)) for task, line in zip(tasks, sums.tolist())}
@@ -503,20 +519,26 @@ def print_table(table: dict[str, dict[str, float]], layers: int) -> None:
 def write_full(base: Path, out: Path, model: FlexiDepth, trained: dict[str, Tensor]) -> None:
     """out/full: the whole model, laid out as the released one: the base's files, its shards linked
     where that can be, the trained tensors as one more, an index and a config.json for them."""
-    def place(source: str, target: str) -> None:
-        with suppress(OSError):  # no link to another disk
-            if source.endswith(".safetensors"):
-                return os.link(os.path.realpath(source), target)
-        shutil.copyfile(source, target)
-    new, full, name, places = out / ".full.part", out / "full", "flexidepth.safetensors", {}
+    new, full, name = out / ".full.part", out / "full", "flexidepth.safetensors"
     shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(base, new, copy_function=place,
-                    ignore=shutil.ignore_patterns("*.jsonl", "*.pth", name))
+    for pattern in ("model*.safetensors", "*.json", "chat_template*", "tokenizer.model",
+                    "original/tokenizer.model"):
+        for file in base.glob(pattern):
+            target = new / file.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                if file.suffix != ".safetensors":
+                    raise OSError("small: a copy can be changed")
+                os.link(file.resolve(), target)
+            except OSError:  # or on another disk
+                shutil.copyfile(file, target)
     if (single := new / "model.safetensors").is_file():  # beside it no index would be read
-        single.rename(new / "model-00001-of-00001.safetensors")
-    for shard in sorted(new.glob("model-*.safetensors")):
+        shard = single.rename(new / "model-00001-of-00001.safetensors")
         with safe_open(shard, framework="pt") as opened:
-            places |= {key: shard.name for key in opened.keys() if not TRAINED.match(key)}
+            places = dict.fromkeys(opened.keys(), shard.name)
+    else:
+        places = read_json(new / "model.safetensors.index.json")["weight_map"]
+    places = {key: shard for key, shard in places.items() if not TRAINED.match(key)}
     dtype = model.model["embed_tokens"].weight.dtype
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     index = {"metadata": {"total_size": size}, "weight_map": places | dict.fromkeys(trained, name)}
@@ -540,6 +562,7 @@ def run(args: argparse.Namespace) -> None:
     base = find_folder(args.model)
     data = args.data or base / "train.jsonl"
     valid = args.valid or (None if args.data else base / "valid.jsonl")
+    valid = valid if args.valid or valid and valid.is_file() else None
     if not data.is_file() and not args.data:
         raise ValueError(f"{args.model} holds no train.jsonl; name a file of rows with --data")
     # A base to be split is not copied to a device whole: its files are mapped, each layer sent.
@@ -563,7 +586,7 @@ def run(args: argparse.Namespace) -> None:
         f"{count:,} parameters to train, {len(rows)} rows")
     # What makes a run the one that it is: a checkpoint of another is refused.
     run_of = {"model": asdict(config), "data": rows.name, "base": [  # norms tell bases apart
-        p.float().sum().item() for name, p in model.named_parameters()
+        p.cpu().float().sum().item() for name, p in model.named_parameters()
         if "norm" in name and not p.requires_grad]}
     run_of |= {name: getattr(args, name) for name in (*RECIPES["paper"], "steps", "seed")}
     train(model, rows, held_out, args, run_of)

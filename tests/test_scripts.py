@@ -94,6 +94,7 @@ def test_train_refuses(tmp_path, monkeypatch, capsys, arguments, word):
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained before it looked"))
     code, err = call(train, capsys, *arguments)
     assert code == 2 and word in err and err.count("\n") == 1, err
+    assert ("--data" not in arguments) or not list(tmp_path.glob("out/tokens-*.json"))  # as if all were well
 
 
 # ---- The parts of train.py

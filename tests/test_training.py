@@ -2,6 +2,7 @@
 
 Run by torchrun, this file is the worker of test_gradients_do_not_depend_on_the_split.
 """
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from flexidepth import TRAINED, FlexiDepth, Tokenizer
@@ -90,14 +91,15 @@ def wait_for(found, process):
 def never_stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     rows = (TINY / "valid.jsonl").read_text().splitlines(keepends=True)
-    (folder / "valid.jsonl").write_text("".join(rows[:9] + rows[-9:]))
+    (folder / "valid.jsonl").write_text("".join(rows[:9] + rows[-8:]))  # 17: a process ends up with none
     subprocess.run(command(folder / "whole", "--eval-every", 20, "--full"), env=ENVIRONMENT, check=True, timeout=200)
     return folder
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resume_is_bit_identical(never_stopped, processes):
-    """A schedule, order of rows or optimiser that begins anew; a half checkpoint that ends the run."""
+    """A schedule, order of rows or optimiser that begins anew; a half checkpoint that ends the run; rows that
+    two processes evaluate twice or not at all."""
     out = never_stopped / f"killed-{processes}"
     process = subprocess.Popen(command(out, processes=processes), env=ENVIRONMENT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -116,6 +118,9 @@ def test_resume_is_bit_identical(never_stopped, processes):
     assert (out / "flexidepth.safetensors").read_bytes() == (never_stopped / "whole/flexidepth.safetensors").read_bytes()
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41)) and not train.checkpoints(out)
+    tables = [json.loads((folder / "train.json").read_text())["valid"] for folder in (out, never_stopped / "whole")]
+    for task, line in tables[1].items():
+        assert tables[0][task] == pytest.approx(line, rel=1e-5), task
 
 
 def test_ctrl_c_saves(never_stopped):
@@ -139,11 +144,11 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
     model = FlexiDepth.from_pretrained(TINY, flexidepth=TINY)
     optimizer, args = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), Namespace(out=tmp_path)
     for step in (1, 2, 3):
-        train.save_checkpoint(model, optimizer, step, 0, args, {})
+        train.save_checkpoint(model, optimizer, step, io.BytesIO(), args, {})
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    train.save_checkpoint(model, optimizer, 4, 0, args, {})
+    train.save_checkpoint(model, optimizer, 4, io.BytesIO(), args, {})
     assert "No space left" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-00000002.pt", "checkpoint-00000003.pt"]
 
@@ -175,13 +180,14 @@ def test_token_files(tmp_path, monkeypatch, capsys):
     tokenizer = Tokenizer.from_pretrained(TINY)
     talk = [{"role": role, "content": f" {role} says\n"} for role in ("system", "user", "assistant", "user", "assistant")]
     data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in ({"messages": talk, "task": "talk"}, {"text": "long " * 300})))
+    data.write_text("\n".join(json.dumps(row) for row in (
+        {"messages": talk[:2]}, {"messages": talk, "task": "talk"}, {"text": "long " * 300})))
     rows = train.Rows(data, tokenizer, tmp_path, settings(seq_len=256, answers_only=True))
     assert len(rows) == 1 and rows[0].task == "talk" and "1 rows of more than 256 tokens" in capsys.readouterr().out
     assert rows.tokens.dtype == np.uint32 and rows[0].ids.tolist() == tokenizer.encode_chat(talk)
     answers = tokenizer.decode(rows[0].ids[rows[0].counted].tolist())
     assert answers == "assistant says<|eot_id|>" * 2
-    assert train.Rows(data, tokenizer, tmp_path, settings(seq_len=4096, answers_only=False))[1].counted.all()
+    assert train.Rows(data, tokenizer, tmp_path, settings(seq_len=4096, answers_only=False))[2].counted.all()
     files = set(tmp_path.glob("tokens-*"))
     monkeypatch.setattr(train, "Pool", lambda *_: pytest.fail("tokenised again"))
     train.Rows(data, tokenizer, tmp_path, settings(seq_len=256, answers_only=True))
@@ -191,7 +197,8 @@ def test_token_files(tmp_path, monkeypatch, capsys):
     assert len(set(tmp_path.glob("tokens-*")) - files) == 2 and not list(tmp_path.glob(".*"))
     monkeypatch.setattr(Tokenizer, "encode_chat", lambda self, messages, add_generation_prompt=False: [
         1, 2, *(3 for message in messages for _ in message["content"])])  # another template
-    assert len(train.Rows(data, tokenizer, tmp_path, settings(seq_len=256, answers_only=True))[0].ids) < 100
+    rows = train.Rows(data, tokenizer, tmp_path, settings(seq_len=256, answers_only=True))
+    assert set(rows[0].ids.tolist()) == {1, 2, 3}
 
 
 # ---- Memory and precision
@@ -271,16 +278,25 @@ def test_full_folder_in_the_released_layout(never_stopped, tmp_path, shards):
     """A folder that does not load, gates that are not the trained ones, a base that was copied and changed."""
     full, trained = never_stopped / "whole/full", load_file(never_stopped / "whole/flexidepth.safetensors")
     model = FlexiDepth.from_pretrained(TINY, flexidepth=never_stopped / "whole")
-    if shards > 1:  # of a base that is itself in shards, with routers that are to be replaced
-        full = tmp_path / "full"
-        train.write_full(never_stopped / "whole/full", tmp_path, model, {name: 2 * t for name, t in trained.items()})
-        assert len(list(full.glob("*.safetensors"))) == 2
-        trained = {name: 2 * t for name, t in trained.items()}
+    if shards > 1:  # of a base that is itself in shards, with routers to be replaced, in one layer by none
+        base, full = tmp_path / "base", tmp_path / "full"
+        base.mkdir()
+        for i, tensors in enumerate((model.state_dict(), {})):  # routers and the rest in one shard, an old copy too
+            save_file(tensors or {"model.norm.weight": torch.zeros(96)}, base / f"model-0000{i + 1}-of-00002.safetensors")
+        (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
+            name: "model-00001-of-00002.safetensors" for name in model.state_dict()}}))
+        for name in ("config.json", "tokenizer.model"):
+            (base / name).write_bytes((TINY / name).read_bytes())
+        trained = {name: 2 * t for name, t in trained.items() if ".layers.6." not in name}
+        save_file(trained, tmp_path / "fewer.safetensors")
+        model = FlexiDepth.from_pretrained(TINY, flexidepth=tmp_path / "fewer.safetensors")
+        train.write_full(base, tmp_path, model, trained)
     loaded = FlexiDepth.from_pretrained(full)
     for name, t in loaded.state_dict().items():
         assert torch.equal(t, trained.get(name, model.state_dict()[name])), name
+    assert not list(full.glob("*.jsonl")) and not (full / "tokenizer.model").samefile(TINY / "tokenizer.model")
     config, index = (json.loads((full / f"{name}.json").read_text()) for name in ("config", "model.safetensors.index"))
-    assert config["model_type"] == "ddllama" and config["routing_layers"] == list(range(6, 12))
+    assert config["model_type"] == "ddllama" and config["routing_layers"] == model.config.routing_layers
     assert set(index["weight_map"]) == set(loaded.state_dict())
     assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in loaded.parameters())
     assert Tokenizer.from_pretrained(full).encode("7 * 58 =") == Tokenizer.from_pretrained(TINY).encode("7 * 58 =")
