@@ -70,8 +70,11 @@ def parse_args() -> argparse.Namespace:
     args.print = args.show_depth or args.chat or not (args.depth_map or args.html or args.summary)
     if args.max_new_tokens < 1:
         fail(f"--max-new-tokens is {args.max_new_tokens}; expected at least 1")
-    if not (args.device == "cpu" or re.fullmatch(r"cuda(:\d+)?", args.device) and torch.cuda.is_available()):
-        fail(f"--device {args.device}: not found by torch; expected cpu, or cuda where there is a GPU")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device) or (
+            args.device != "cpu" and int(args.device[5:] or 0) >= torch.cuda.device_count()):
+        fail(f"--device {args.device}: torch finds {torch.cuda.device_count()} GPUs; expected cpu, cuda, ...")
+    if args.chat and args.depth_map and args.depth_map.is_file() and args.depth_map.stat().st_size:
+        fail(f"--depth-map {args.depth_map} holds records, and a chat can't go on from them; give a new name")
     if args.html and args.html.suffix != ".html":
         fail(f"--html {args.html}: expected a name that ends in .html")
     return args
@@ -323,7 +326,8 @@ span:hover,span:focus{outline:2px solid #e69f00}span:hover:after,span:focus:afte
 position:fixed;left:1rem;bottom:1rem;max-width:90vw;white-space:pre-wrap;font:13px/1.5 monospace;
 background:#1b1f24;color:#fff;padding:.6rem}
 .map{font:14px/14px monospace;white-space:pre;overflow-x:auto;color:#3274c7;margin:1rem 0}
-progress{width:4rem}td{padding:.1rem .5rem;text-align:right;white-space:nowrap}td:first-child{text-align:left}"""
+td{padding:.1rem .5rem;text-align:right;white-space:nowrap}td:first-child{text-align:left}
+progress{width:4rem}"""
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
 <title>Layers used by each token</title><style>{style}</style><h1>Layers used by each token</h1>
@@ -441,11 +445,11 @@ def run(args: argparse.Namespace) -> None:
                 statistics.add(record)
                 if args.html:
                     drawn.write(draw(record, number))
-        except KeyboardInterrupt as error:
-            stopped = error  # what there is so far is shown
+        except (KeyboardInterrupt, OSError, ValueError) as error:
+            stopped = error  # what there is so far is shown first
         if args.html and statistics.tokens:
             write_page(args.html, shared, drawn, statistics)
-    if args.summary:
+    if args.summary and statistics.tokens:
         print("", *align([*statistics.rows()]), sep="\n")
     if both := statistics.both:
         print(f"\n{both['same']} of {both['answers']} answers have the same tokens with all layers, at "
@@ -458,7 +462,7 @@ def main() -> None:
     args = parse_args()
     try:
         run(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         try:
             sys.stdout.flush()
         except OSError:  # as of `| head`: nobody reads on, not even what is still to be flushed

@@ -85,6 +85,14 @@ def test_sample_reads_prompts(tmp_path, monkeypatch, capsys):
     assert [m["content"] for m in read(tmp_path / "map.jsonl")[1]["messages"]] == ["2 * 34 =", "68", "Again"]
 
 
+def test_a_late_error_costs_no_page(tmp_path, monkeypatch, capsys):
+    """A long chat that outgrows the context, and takes with it the page of all that was said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2 * 34 =\n" + "1 " * 300 + "\n"))
+    code, err = refused(capsys, "--chat", "--html", "page.html")
+    assert code == 2 and "a prompt of" in err and "<h2>1. </h2>" in (tmp_path / "page.html").read_text()
+
+
 def test_sample_into_a_closed_pipe(tmp_path):
     """An error for those who read the first lines alone."""
     process = subprocess.Popen([sys.executable, ROOT / "sample.py"], cwd=tmp_path, text=True,
@@ -131,6 +139,7 @@ def test_characters_come_out_whole(monkeypatch, capsys):
     (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--dep"], "--dep"),
     (["--html", "page.txt"], "ends in .html"), (["--html", "none/page.html"], "none"),
     (["--depth-map", "none/map.jsonl"], "none"), (["--depth-map", "."], "Is a directory"),
+    (["--depth-map", "broken.jsonl", "--chat"], "a chat can't go on"), (["--device", "cuda:9"], "cuda:9"),
     (["--prompt-file", "broken.jsonl"], "broken.jsonl: line 3"), (["--prompt-file", "list.jsonl"], "line 1"),
     (["--prompt-file", "reply.jsonl"], "line 2"), (["--prompt-file", "number.jsonl"], "line 1: expected"),
     (["--prompt-file", "long.txt"], "long.txt: line 2: a prompt of"), (["--prompt-file", "deep.jsonl"], "line 1"),
