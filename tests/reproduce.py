@@ -363,7 +363,8 @@ def run_base(folder: Path, steps: int, seed: int, layers: int, width: int, base_
         options = {"--out": part, "--layers": layers, "--hidden-size": width, "--rows": rows, "--seed": seed,
                    "--steps": base_steps * steps // STEPS}
         command = [sys.executable, HERE / "make_tiny_llama.py", *itertools.chain(*options.items())]
-        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # a core each, as all runs have
         part.rename(folder)
     model = FlexiDepth.from_pretrained(folder)
     size = sum(p.numel() for name, p in model.named_parameters() if not TRAINED.match(name))
