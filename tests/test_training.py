@@ -123,7 +123,7 @@ def test_resume_is_bit_identical(never_stopped, processes):
         assert tables[0][task] == pytest.approx(line, rel=1e-5), task
 
 
-def test_ctrl_c_saves(never_stopped):
+def test_ctrl_c_saves(never_stopped, monkeypatch, capsys):
     """A run whose steps are lost, or that does not say how to go on; gates of a run that did not end."""
     out = never_stopped / "interrupted"
     process = subprocess.Popen(command(out), env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -133,9 +133,14 @@ def test_ctrl_c_saves(never_stopped):
     assert process.returncode == 130 and "--resume" in stdout and stderr == ""
     step = int(train.checkpoints(out)[-1].stem.split("-")[1])
     assert f"stopped after step {step};" in stdout and not (out / "flexidepth.safetensors").exists()
-    for more, word in (([], "holds an unfinished run"), (["--resume", "--alpha", "0.5"], "alpha was 0.00035, is 0.5")):
-        again = subprocess.run(command(out, *more), env=ENVIRONMENT, text=True, capture_output=True, timeout=60)
-        assert again.returncode == 2 and word in again.stderr and again.stderr.count("\n") == 1
+    for folder, more, word in (
+            (out, [], "holds an unfinished run"), (never_stopped / "whole", ["--resume"], "the run has ended"),
+            (out, ["--resume", "--alpha", "0.5"], "alpha was 0.00035, is 0.5")):
+        monkeypatch.setattr(sys, "argv", command(folder, *more)[1:])
+        with pytest.raises(SystemExit) as refused:
+            train.main()
+        err = capsys.readouterr().err
+        assert refused.value.code == 2 and word in err and err.count("\n") == 1
     assert int(train.checkpoints(out)[-1].stem.split("-")[1]) == step
 
 
