@@ -404,7 +404,7 @@ def find_folder(path: str | Path) -> Path:
 
 def read_tensors(path: Path, name: str, device: str, dtype: torch.dtype | None,
                  only: re.Pattern = re.compile("")) -> dict[str, Tensor]:
-    """Tensors of a file; of a folder, those of `name`, else model.safetensors, else its shards."""
+    """Tensors of a file; of a folder those of `name`, else model.safetensors, else as indexed."""
     index, tensors = path / "model.safetensors.index.json", {}
     files = [file for file in (path, path / name, path / "model.safetensors") if file.is_file()][:1]
     places = read_json(index).get("weight_map", {}) if not files and index.is_file() else {}

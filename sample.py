@@ -208,8 +208,10 @@ def kind(text: str | list[int], before: str | list[int]) -> str:
         return "part of a character"
     if text.isspace() or text.strip().isdigit():
         return "white space" if text.isspace() else "digits"
-    if re.fullmatch(r"<\|\w+\|>", text) or not any(map(str.isalnum, text)):
-        return "punctuation" if len(text) < 5 or text[0] != "<" else "special"
+    if re.fullmatch(r"<\|\w+\|>", text):
+        return "special"
+    if not any(map(str.isalnum, text)):
+        return "punctuation"
     return "rest of a word" if text[0].isalpha() and str(before)[-1:].isalpha() else "start of a word"
 
 class Statistics:
@@ -221,9 +223,10 @@ class Statistics:
         seen, before = set(), ("", None)
         for name in ("prompt", "answer"):
             for text, token, depth in zip(*(record[name][key] for key in ("texts", "ids", "layers"))):
-                groups = [(0, kind(text, before[0])), (3, f"{depth} layers"), (4, "all tokens")]
+                groups = [(0, kind(text, before[0]))]  # by number they stand in the table
                 groups += [(1, "repeats earlier context")] if (before[1], token) in seen else []
                 groups += [(2, f"task {record['task']}")] if "task" in record else []
+                groups += [(3, f"{depth} layers"), (4, "all tokens")]
                 for group in groups:
                     self.tokens[name, group] += 1
                     self.layers[name, group] += depth
@@ -365,7 +368,8 @@ def write_page(path: Path, head: dict, drawn: TextIO, statistics: Statistics) ->
     """The page: the records as drawn, then the figures. To a temporary file, renamed when it is whole."""
     L, R = head["num_hidden_layers"], len(head["routing_layers"])
     temporary = path.with_name(f".{path.name}.part")
-    title = f"{head['model']}, routers and adapters of {head['flexidepth']}, threshold {head['threshold']}"
+    gates = f"routers and adapters of {head['flexidepth']}, threshold {head['threshold']}"
+    title = f"{head['model']}, {gates if R else 'all layers for every token'}"
     style, legend, table = STYLE, "", ""
     for depth in range(L - R, L + 1):  # more of one hue, over light and dark: black or white stays readable
         style += f".d{depth}{{background:rgb(40 120 240/{0.75 * (depth - L + R) / max(1, R):.2f})}}"

@@ -383,8 +383,7 @@ def train(model: FlexiDepth, rows: Rows, held_out: Sequence[Row], args: argparse
             f" of {config.num_hidden_layers}  {speed:,.0f} tokens/s  {left:.0f} s left",
             passing=not (now_and_then or step in (1, steps)))
         usual = 0.97 * usual + 0.03 * np.array(keep)  # from the coin flips that gates begin with
-        warning = collapse(usual, config.routing_layers)
-        if now_and_then and warning != warned:
+        if now_and_then and (warning := collapse(usual, config.routing_layers)) != warned:
             warned = warning
             say(warning or "routing no longer collapses")
         if held_out and args.eval_every and step % args.eval_every == 0 and step < steps:
@@ -402,10 +401,10 @@ def train(model: FlexiDepth, rows: Rows, held_out: Sequence[Row], args: argparse
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def peak_memory(device: str) -> int:
-    """Bytes: the most that torch held on the GPU, or this process in memory (in KiB on Linux)."""
+    """Bytes: the most that torch held on the GPU, or this process in memory."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on a Mac bytes
     return peak if sys.platform == "darwin" else 1024 * peak
 
 def collapse(keep: Sequence[float], layers: list[int]) -> str:
@@ -526,11 +525,10 @@ def write_full(base: Path, out: Path, model: FlexiDepth, trained: dict[str, Tens
         for file in base.glob(pattern):
             target = new / file.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
+            place = os.link if file.suffix == ".safetensors" else shutil.copyfile
             try:
-                if file.suffix != ".safetensors":
-                    raise OSError("small: a copy can be changed")
-                os.link(file.resolve(), target)
-            except OSError:  # or on another disk
+                place(file.resolve(), target)
+            except OSError:  # there are no links to another disk
                 shutil.copyfile(file, target)
     if (single := new / "model.safetensors").is_file():  # beside it no index would be read
         shard = single.rename(new / "model-00001-of-00001.safetensors")
@@ -561,8 +559,8 @@ def run(args: argparse.Namespace) -> None:
                                 timeout=timedelta(hours=1))
     base = find_folder(args.model)
     data = args.data or base / "train.jsonl"
-    valid = args.valid or (None if args.data else base / "valid.jsonl")
-    valid = valid if args.valid or valid and valid.is_file() else None
+    own = base / "valid.jsonl"
+    valid = args.valid or (own if own.is_file() and not args.data else None)
     if not data.is_file() and not args.data:
         raise ValueError(f"{args.model} holds no train.jsonl; name a file of rows with --data")
     # A base to be split is not copied to a device whole: its files are mapped, each layer sent.

@@ -609,6 +609,8 @@ def main() -> None:
     add("--out", type=Path, default=HERE / "reproduce.json", help="figures (tests/reproduce.json)")
     add("--readme", action="store_true", help="put the tables into README.md too")
     args = parser.parse_args()
+    if min(args.steps, args.seeds, args.jobs) < 1:
+        parser.error("--steps, --seeds and --jobs: expected at least 1")
     settings = json.loads(json.dumps({
         "steps": args.steps, "seeds": args.seeds, "lr": LR, "batch_size": BATCH, "alpha": ALPHA,
         "alphas": ALPHAS, "sibling_alphas": SIBLING_ALPHAS, "calibration_rows": CALIBRATION, "bases": BASES}))

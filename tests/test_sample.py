@@ -290,7 +290,7 @@ def test_no_space_left(rows, monkeypatch, capsys):
 def test_summary(monkeypatch):
     """A kind of token told wrongly, prompt and answer in one sum, a repetition that is none."""
     kinds = {"12": "digits", " 7": "digits", "\n\n": "white space", " =": "punctuation", "<|eot_id|>": "special",
-             "<|": "punctuation", " Tom": "start of a word", "漢": "start of a word", "x2": "start of a word"}
+             "<|": "punctuation", "<<<<<": "punctuation", " Tom": "start of a word", "漢": "start of a word", "x2": "start of a word"}
     assert {text: sample.kind(text, ".") for text in kinds} == kinds
     assert sample.kind("ly", " part") == "rest of a word" and sample.kind([195], "") == "part of a character"
     record = {"num_hidden_layers": 4, "task": "t",
@@ -303,8 +303,6 @@ def test_summary(monkeypatch):
     assert table["digits"] == ["2", "33.3%", "4.00", "100.0%", "", "", "", ""]
     assert table["repeats earlier context"] == ["2", "33.3%", "3.00", "0.0%", "", "", "", ""]  # "a b" comes again
     assert table["task t"] == table["all tokens"] == ["6", "100.0%", "3.67", "66.7%", "6", "100.0%", "2.00", "0.0%"]
-    statistics.add(record | {"task": "\033[2J\n"})
-    assert "task \\x1b[2J" in [first for first, *_ in statistics.rows()]
     statistics.add(record | {"task": "\033[2J\n"})
     assert "task \\x1b[2J" in [first for first, *_ in statistics.rows()]
     assert table["4 layers"] == ["4", "66.7%", "4.00", "100.0%", "", "", "", ""]
@@ -401,6 +399,9 @@ def test_page_escapes_all_that_comes_from_outside(rows, monkeypatch):
         assert good.text.count(cell) == expected + 1  # one in the legend
     assert {"pre tabindex", "progress value", "span data-t", "span tabindex", "meta http-equiv"} <= good.found
     assert "repeats earlier context" in good.text and "task copy" in good.text
+    call(monkeypatch, "--prompt", "2 * 3 =", "--route", "full", "--html", "full.html")
+    full = Tags((rows.parent / "full.html").read_text(encoding="utf-8")).text
+    assert "all layers for every token" in full and "None" not in full and full.count("▒") % 12 == 1
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")

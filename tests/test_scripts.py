@@ -77,7 +77,8 @@ def call(script, capsys, *arguments):
     (["--batch-size", "0"], "--batch-size: 0"), (["--device", "gpu7"], "gpu7"),
     (["--data", "none.jsonl"], "none.jsonl"), (["--data", "empty.jsonl"], "empty.jsonl: no row"),
     (["--data", "broken.jsonl"], "broken.jsonl: line 2"), (["--data", "role.jsonl"], "unknown role 'wizard'"),
-    (["--data", "fields.jsonl"], "fields.jsonl: line 1"), (["--data", "binary.jsonl"], "binary.jsonl: line 1"), (["--seq-len", "3"], "--seq-len 3 leaves out 3920"),
+    (["--data", "fields.jsonl"], "fields.jsonl: line 1"), (["--data", "binary.jsonl"], "binary.jsonl: line 1"),
+    (["--data", "deep.jsonl"], "deep.jsonl: line 1"), (["--seq-len", "3"], "--seq-len 3 leaves out 3920"),
     (["--out", "empty.jsonl"], "empty.jsonl"), (["--model", "elsewhere"], "with --data"), (["--flexidepth", "none"], "none"),
 ])
 def test_train_refuses(tmp_path, monkeypatch, capsys, arguments, word):
@@ -88,6 +89,7 @@ def test_train_refuses(tmp_path, monkeypatch, capsys, arguments, word):
                        "fields": '{"messages": [{"role": "user"}]}\n'}.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "deep.jsonl").write_text("[" * 99999)
     (tmp_path / "elsewhere").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.model"):
         (tmp_path / "elsewhere" / name).symlink_to(TINY / name)
