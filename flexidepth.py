@@ -3,50 +3,84 @@
 The method of Luo, Wang, Yan: "Adaptive Layer-skipping in Pre-trained LLMs", COLM 2025, arXiv
 2503.23798. The pre-trained model is frozen. Each of its later layers gets two small trained parts:
 a router, which gives every token a gate score g in (0, 1), and an adapter, a narrow mlp. For a
-token x that enters such a layer, with h = input_layernorm(x) and norm the second norm:
+token x that enters such a layer, with h = input_layernorm(x) and norm the layer's second norm:
 
     k, v = k_proj(h), v_proj(h)                                 of every token
+    g = sigmoid(router(h))
     g > 0.5:  x = x + attention(h)                              the full path
               x = x + g * mlp(norm(x))
     else:     x = x + (1 - g) * adapter(norm(x))                the skipping path
 
 A token with g = 0.4 skips. It still gets its norms, router, key, value and adapter, whose output is
-scaled by 0.6 and added. Its query, attention, output projection and mlp are not computed: that is
-the saving. Key and value are needed: later tokens that run this layer attend to all before them.
+scaled by 0.6 and added. It needs no query, attention, output projection or mlp: that is the saving.
+Its key and value are needed: later tokens that run this layer attend to all tokens before them.
+In Llama-3-8B a token that skips a layer uses 22 million weights of it instead of 218 million.
 
-The decision g > 0.5 has no gradient. The router learns through the factor g or (1 - g) on the
-output of the mlp or adapter that ran, and through `skip_loss`, the price of open gates. The factors
-stay at inference: a layer with all gates open is *not* the pre-trained one; route="full" runs that.
-Another routing rule needs no change here: pass route=callable(layer_index, gate) -> kept. It takes
-the place of g > 0.5 alone, factors stay, and sees the gates of the new tokens but no positions.
+The routers and adapters are trained on L = L_lm + alpha * L_skip. L_lm is the language model's
+cross-entropy, L_skip the mean over tokens of (sum over the layers of the token's gates)², and
+alpha, the price of depth, is 1e-3 in the paper. The decision g > 0.5 has no gradient. The router
+learns through the factor g or (1 - g) on the output of the mlp or adapter that ran, and through
+L_skip. The factors stay at inference: a layer with all gates open is *not* the pre-trained one;
+route="full" runs that.
 
-Letters in shapes: B batch, T new tokens, S cached and new tokens, N kept tokens, Q the most any row
-keeps; D hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; L layers, R of
+Another routing rule needs no change here: pass route=function(layer_index, gate) -> kept. The
+function replaces the comparison g > threshold and nothing else: a token that it keeps still has its
+mlp's output multiplied by g. It sees the gates (B, T) of the new tokens, but no positions, and
+returns a bool tensor that broadcasts to (B, T).
+
+    model = FlexiDepth.from_pretrained("tests/tiny-llama", flexidepth="tests/tiny-llama")
+    tokenizer = Tokenizer.from_pretrained("tests/tiny-llama")
+    chat = [{"role": "user", "content": "38 + 47 ="}]
+    ids = torch.tensor([tokenizer.encode_chat(chat, add_generation_prompt=True)])
+    for token, depth in generate(model, ids, max_new_tokens=20, stop_ids=tokenizer.stop_ids):
+        print(tokenizer.decode(token.tolist()), depth.item())
+
+Where the paper and the released weights differ, this file follows the weights: the router is
+tanh(norm(.)) where the paper has norm(tanh(.)). The adapter's official name is `router_proj`, and
+its `up_proj` and `down_proj` trade the names that they have in an mlp.
+
+Dtypes: everything runs in the dtype of the base model. In training the routers and adapters are
+float32 under autocast; in use they are rounded to the base's dtype. Gates are float32, but they
+decide and multiply as rounded to the base's dtype, so that training and use decide alike.
+
+Letters in shapes: B batch, T new tokens, S cached and new tokens, N tokens of the B * T that run a
+layer; D hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; L layers, R of
 them FlexiDepth layers (routing_layers), in layer order.
 """
 import base64
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-Route = str | Callable[[int, Tensor], Tensor]  # or (layer_index, gate (B, T)) -> kept (B, T)
+# "learned", "full", or a function (layer_index, gate (B, T)) -> kept (B, T)
+Route = str | Callable[[int, Tensor], Tensor]
 Rotation = tuple[Tensor, Tensor]  # cat(cos, cos), cat(-sin, sin) of the new positions, each (T, d)
 
-# Settings that would change the result, with the values implemented here ("ddllama": released).
-SUPPORTED = {"model_type": ("llama", "ddllama"), "hidden_act": ("silu",), "sliding_window": (),
-             "rope_type": ("default", "llama3"), "quantization_config": (),
-             "attention_bias": (False,), "mlp_bias": (False,)}
+# Settings that would change the result, with the values that are implemented here. Where there is
+# none, the setting has to be absent or null. The released checkpoint calls itself "ddllama".
+SUPPORTED = {
+    "model_type": ("llama", "ddllama"),
+    "hidden_act": ("silu",),
+    "rope_type": ("default", "llama3"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (),
+    "quantization_config": (),
+}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 @dataclass
 class Config:
@@ -69,15 +103,20 @@ class Config:
     threshold: float = 0.5                   # a gate is open strictly above it
 
     def __post_init__(self):
-        L, heads = self.num_hidden_layers, self.num_attention_heads
-        K = self.num_key_value_heads = self.num_key_value_heads or heads
-        d = self.head_dim = self.head_dim or self.hidden_size // heads
+        L = self.num_hidden_layers
+        heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.head_dim = self.head_dim or self.hidden_size // heads
         self.router_size = self.router_size or max(1, self.hidden_size // 16)
         self.adapter_size = self.adapter_size or max(1, self.intermediate_size // 16)
-        routed = range(L // 2, L) if self.routing_layers is None else self.routing_layers
-        self.routing_layers = sorted(set(routed))
-        if heads % K or d % 2:
-            raise ValueError(f"num_key_value_heads {K} must divide {heads}, head_dim {d} be even")
+        if self.routing_layers is None:
+            self.routing_layers = range(L // 2, L)
+        self.routing_layers = sorted(set(self.routing_layers))
+
+        if heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} must divide {heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even")
         if not self.routing_layers or not set(self.routing_layers) <= set(range(L)):
             raise ValueError(f"routing_layers {self.routing_layers}; expected some of 0..{L - 1}")
         if self.rope_scaling and not set(LLAMA3_ROPE) <= set(self.rope_scaling):
@@ -85,33 +124,41 @@ class Config:
 
     @classmethod
     def from_json(cls, path: Path, **overrides) -> "Config":
-        """Read a config.json; overrides win unless None. ValueError if it asks for other things."""
+        """Read a config.json; overrides win unless None. ValueError if a key is missing, or set to
+        what this file does not implement."""
         raw = read_json(path)
         # Two spellings: rope_parameters (transformers 5); rope_theta and rope_scaling (older).
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         raw["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         for key, known in SUPPORTED.items():
             if raw.get(key) not in (None, *known):
-                raise ValueError(f"{path}: {key} {raw[key]!r} is not supported: {known or None}")
+                raise ValueError(f"{path}: {key} {raw[key]!r} is not supported; expected "
+                                 f"{known or None}")
+
         raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
         raw["rope_scaling"] = rope if raw["rope_type"] == "llama3" else None
         raw |= {key: value for key, value in overrides.items() if value is not None}
+        names = [field.name for field in fields(cls)]
         try:
-            return cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
-        except (TypeError, ValueError, ZeroDivisionError) as error:  # a key is missing or no number
+            return cls(**{name: raw[name] for name in names if raw.get(name) is not None})
+        except (TypeError, ValueError, ZeroDivisionError) as error:  # missing, or not a number
             raise ValueError(f"{path}: {error}") from None
+
 
 # ---- Llama ---------------------------------------------------------------------------------------
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Unfused, and cast before the weight, as in Llama: a last bit can flip a gate.
+        # The same steps and casts as in the released model. A fused kernel may differ in the last
+        # bit, and that can flip a gate.
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        # A router's weight, float32 while it is trained, has to decide as it will in x's dtype.
+        # A router's weight is float32 in training. It is rounded here as it will be in use.
         return self.weight.to(x.dtype) * (x.float() * scale).to(x.dtype)
+
 
 def rotary_frequencies(config: Config) -> Tensor:
     """Radians per position for each of the d/2 rotating pairs, float32 (d/2,) on the CPU."""
@@ -125,12 +172,15 @@ def rotary_frequencies(config: Config) -> Tensor:
     fast = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - fast) * freq / factor + fast * freq
 
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary embedding, split-half form: dimensions i and i + d/2 turn together. x (..., d)."""
-    return x * rotation[0] + x.roll(x.shape[-1] // 2, dims=-1) * rotation[1]
+    cos, sin = rotation
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
 
 class KVCache:
-    """Keys and values of all layers and tokens, in the model's dtype: (L, B, K, max_length, d)."""
+    """Keys and values of all layers and tokens, (L, B, K, max_length, d) each. For inference."""
     def __init__(self, config: Config, batch_size: int, max_length: int, device="cpu", dtype=None):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length)
         self.keys = torch.empty(*shape, config.head_dim, device=device, dtype=dtype)
@@ -138,13 +188,19 @@ class KVCache:
         self.length = 0  # tokens held; the model adds T when all layers have stored theirs
 
     def update(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, K, T, d) of the new tokens; return all of the layer's, (B, K, S, d)."""
-        end, B, room = self.length + k.shape[2], self.keys.shape[1], self.keys.shape[3]
-        if k.shape[0] != B or end > room:
-            raise ValueError(f"{k.shape[0]} rows of {end} tokens; the cache is for {B} of {room}")
-        keys, values = self.keys[layer_index, :, :, :end], self.values[layer_index, :, :, :end]
-        keys[:, :, self.length:], values[:, :, self.length:] = k, v
+        """Store k and v (B, K, T, d) of the new tokens; return all of the layer's, (B, K, S, d).
+        ValueError if the cache is of other rows, or full."""
+        _, rows, _, room, _ = self.keys.shape
+        end = self.length + k.shape[2]
+        if k.shape[0] != rows or end > room:
+            raise ValueError(
+                f"{k.shape[0]} rows of {end} tokens; the cache is for {rows} of {room}")
+        keys = self.keys[layer_index, :, :, :end]
+        values = self.values[layer_index, :, :, :end]
+        keys[:, :, self.length:] = k
+        values[:, :, self.length:] = v
         return keys, values
+
 
 class Attention(nn.Module):
     """Grouped-query attention in two steps, because skipping tokens take only the first."""
@@ -166,30 +222,34 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """Second step: all tokens of h (B, T, D) attend to k and v (B, K, S, d) -> (B, T, D)."""
-        T, S = h.shape[1], k.shape[2]
-        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, H, T, d)
-        # Token t of the T sees keys 0..S-T+t. If T = 1 these are all; if S = T it is is_causal.
-        mask = None if T in (1, S) else h.new_ones(T, S, dtype=torch.bool).tril(S - T)
-        out = F.scaled_dot_product_attention(
-            rotate(q, rotation), k, v, mask, is_causal=(S == T and T > 1), enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))                        # (B, T, D)
+        attended = self.attend(self.q_proj(h), k, v, rotation)
+        return self.o_proj(attended)                                              # (B, T, D)
 
     def forward_kept(
-            self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kept: Tensor) -> Tensor:
-        """Second step, only for the N tokens where kept (B, T), over all S keys -> (N, D)."""
-        (B, T), S = kept.shape, k.shape[2]
-        row, t = kept.nonzero(as_tuple=True)                                      # (N,)
-        q = self.q_proj(h[row, t]).unflatten(-1, (-1, self.head_dim))             # (N, H, d)
-        q = rotate(q, tuple(part[t, None] for part in rotation))
-        # Rows keep different numbers of tokens, so each row's kept ones move to the front: first to
-        # slot 0, second to slot 1, ... Slots left empty see key 0 and are never read back.
-        slot = kept.cumsum(1)[row, t] - 1
-        Q = int(slot.max()) + 1
-        queries = q.new_zeros(B, Q, *q.shape[1:]).index_put((row, slot), q)       # (B, Q, H, d)
-        last_key = t.new_zeros(B, Q).index_put((row, slot), S - T + t)
-        mask = torch.arange(S, device=h.device) <= last_key[:, None, :, None]     # (B, 1, Q, S)
-        out = F.scaled_dot_product_attention(queries.transpose(1, 2), k, v, mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2)[row, slot].flatten(1))             # (N, D)
+            self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation, places: Tensor) -> Tensor:
+        """Second step, only for the N tokens at these places (N,) among the B * T -> (N, D)."""
+        B, T, _ = h.shape
+        queries = self.q_proj(h.flatten(0, 1)[places])                            # (N, H * d)
+        # Each query goes to its own place among the B * T, so that the causal kernel can be used.
+        # The other places hold zeros. Their attention is computed in vain and never read.
+        q = queries.new_zeros(B * T, queries.shape[-1]).index_copy(0, places, queries)
+        attended = self.attend(q.unflatten(0, (B, T)), k, v, rotation)
+        return self.o_proj(attended.flatten(0, 1)[places])                        # (N, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """Causal attention of unrotated queries (B, T, H * d) to (B, K, S, d) -> (B, T, H * d)."""
+        T = q.shape[1]
+        S = k.shape[2]
+        q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B, H, T, d)
+        # Token t of the T sees keys 0..S-T+t. With T = 1 these are all keys, and with S = T the
+        # kernel's own is_causal says the same.
+        mask = None
+        if T not in (1, S):
+            mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
+        out = F.scaled_dot_product_attention(
+            rotate(q, rotation), k, v, mask, is_causal=(S == T and T > 1), enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)                                     # (B, T, H * d)
+
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
@@ -201,8 +261,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+
 # ---- FlexiDepth ----------------------------------------------------------------------------------
 TRAINED = re.compile(r"model\.layers\.(\d+)\.(?:router|router_proj)\.")  # names of trained tensors
+
 
 class Router(nn.Module):
     """The logit of a token's gate, through a bottleneck of router_size."""
@@ -218,6 +280,7 @@ class Router(nn.Module):
         h = torch.tanh(self.router_norm(self.router_enc(h)))
         return self.router_head(self.router_dec(h)).squeeze(-1)                   # (B, T)
 
+
 class Adapter(nn.Module):
     """Runs in place of the mlp: a SwiGLU, by default a sixteenth as wide. As the released weights
     name them, and unlike MLP, `gate_proj` and `down_proj` map D to adapter_size, `up_proj` back."""
@@ -230,11 +293,13 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.up_proj(F.silu(self.gate_proj(x)) * self.down_proj(x))
 
+
 class DecoderLayer(nn.Module):
     """A Llama layer; if in routing_layers, with a router, and an adapter for tokens that skip."""
     def __init__(self, config: Config, index: int):
         super().__init__()
-        self.config, self.index = config, index
+        self.config = config
+        self.index = index
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -242,148 +307,255 @@ class DecoderLayer(nn.Module):
         self.router = Router(config) if index in config.routing_layers else None
         self.router_proj = Adapter(config) if index in config.routing_layers else None
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None, route: Route) -> tuple:
-        """x (B, T, D) -> x (B, T, D), and gate and kept (B, T), or None where nothing is routed."""
+    def full_path(self, x: Tensor, g: Tensor | float, attended: Tensor) -> Tensor:
+        """x and attended, attention's output (..., D), and g (..., 1) -> (..., D)."""
+        x = x + attended
+        return x + g * self.mlp(self.post_attention_layernorm(x))
+
+    def skip_path(self, x: Tensor, g: Tensor) -> Tensor:
+        """x (..., D) and g (..., 1) -> (..., D)."""
+        return x + (1 - g) * self.router_proj(self.post_attention_layernorm(x))
+
+    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None, route: Route
+                ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x (B, T, D) -> x (B, T, D), gate (B, T), float32, and kept (B, T), bool. The last two
+        are None where nothing is routed."""
         h = self.input_layernorm(x)
         k, v = self.self_attn.keys_values(h, rotation)  # of every token, kept or not
         if cache is not None:
             k, v = cache.update(self.index, k, v)
 
-        if self.router is None or route == "full":
-            x = x + self.self_attn(h, k, v, rotation)
-            return x + self.mlp(self.post_attention_layernorm(x)), None, None
+        if self.router is None or route == "full":  # the pre-trained layer: as if g were 1
+            return self.full_path(x, 1.0, self.self_attn(h, k, v, rotation)), None, None
 
-        gate = torch.sigmoid(self.router(h))                                      # (B, T)
-        kept = gate > self.config.threshold if route == "learned" else route(self.index, gate)
-        kept = kept.bool().expand_as(gate)
-        N = int(kept.sum())  # the host waits for it, and then starts no path that is not taken
-        # Where all go one way, as a single token does, none is gathered: x[...] is all of x. With
-        # gradients on all are, and the adapter runs even on no rows: its gradients are 0, not None.
-        mixed = 0 < N < kept.numel() or torch.is_grad_enabled()
-        full, skip = (kept, ~kept) if mixed else (..., ...)
-        g, norm, out = gate[..., None], self.post_attention_layernorm, torch.empty_like(x)
-        if N > 0:  # the full path
-            y = x[full] + (self.self_attn.forward_kept(h, k, v, rotation, kept) if mixed else
-                           self.self_attn(h, k, v, rotation))
-            out[full] = y + g[full] * self.mlp(norm(y))
-        if mixed or N == 0:  # the skipping path
-            y = x[skip]
-            out[skip] = y + (1 - g[skip]) * self.router_proj(norm(y))
+        # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.2 on, and
+        # have no gradient. Rounded to x's dtype, as g, it decides and multiplies, as in the
+        # released model.
+        gate = torch.sigmoid(self.router(h).float())                              # (B, T)
+        g = gate.to(x.dtype)
+        if route == "learned":
+            kept = g > self.config.threshold
+        else:
+            kept = route(self.index, g).bool().expand_as(g)
+        g = g[..., None]                                                          # (B, T, 1)
+
+        N = int(kept.sum())  # the only wait for the device; with N known, nothing below waits
+        if not torch.is_grad_enabled():
+            # If all tokens go one way, as a single token always does, nothing is gathered, and the
+            # weights of the other path are not read.
+            if N == kept.numel():
+                return self.full_path(x, g, self.self_attn(h, k, v, rotation)), gate, kept
+            if N == 0:
+                return self.skip_path(x, g), gate, kept
+
+        # Tokens are gathered by their path, and put back. With gradients both paths run even if no
+        # token takes one of them: its gradients are then zeros and not None, which DDP needs.
+        places = kept.flatten().int().argsort(descending=True, stable=True)       # (B * T,)
+        full = places[:N]
+        skip = places[N:]
+        tokens = x.flatten(0, 1)                                                  # (B * T, D)
+        g = g.flatten(0, 1)                                                       # (B * T, 1)
+        attended = self.self_attn.forward_kept(h, k, v, rotation, full)           # (N, D)
+        out = x.new_empty(x.shape)
+        out_tokens = out.flatten(0, 1)                                            # (B * T, D)
+        out_tokens[full] = self.full_path(tokens[full], g[full], attended)
+        out_tokens[skip] = self.skip_path(tokens[skip], g[skip])
         return out, gate, kept
+
 
 @dataclass
 class Output:
     logits: Tensor        # (B, T, V), in the model's dtype
-    gates: Tensor | None  # (B, T, R), g of every FlexiDepth layer, in the model's dtype
-    kept: Tensor | None   # (B, T, R), bool, True where the full path ran; both None if bypassed
+    gates: Tensor | None  # (B, T, R), float32, of the FlexiDepth layers; None with route="full"
+    kept: Tensor | None   # (B, T, R), bool, True where the full path ran; None with route="full"
+
 
 class FlexiDepth(nn.Module):
     """A frozen Llama with FlexiDepth layers to train. Parameters have their official names."""
     def __init__(self, config: Config):
         super().__init__()
-        self.config, layers = config, config.num_hidden_layers
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(DecoderLayer(config, i) for i in range(layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(
-            config.hidden_size, config.vocab_size, bias=False)
+        self.config = config
+        self.folder: Path | None = None  # where it was loaded from
+        # The weights are given to it because nn.Embedding's own random ones, on the meta device,
+        # make torch import a second's worth of modules.
+        words = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding.from_pretrained(words)
+        self.model.layers = nn.ModuleList(
+            DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             parameter.requires_grad = bool(TRAINED.match(name))
         self.frequencies = rotary_frequencies(config)  # not a buffer, so .to(dtype) leaves it alone
 
-    def forward(self, input_ids: Tensor, cache: KVCache = None, route: Route = "learned") -> Output:
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, route: Route = "learned"
+                ) -> Output:
         """Logits, gates and decisions for input_ids (B, T), int64, padded (if at all) at the end.
+
         cache: holds the rows' earlier tokens (no padding) and takes these. route: "learned"
-        compares gates with the threshold; "full" bypasses routers and adapters: the pre-trained
-        model; a function decides. ValueError for another, or more tokens than cache or context."""
+        compares gates with the threshold; "full" bypasses routers and adapters, which leaves the
+        pre-trained model; a function decides. ValueError for another route, or if the cache or
+        the context is too short."""
         x, gates, kept = self.hidden_states(input_ids, cache, route)
         return Output(self.head(x), gates, kept)
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache = None, route: Route = "learned"):
-        """As `forward`, but with normed hidden states (B, T, D), which `head` may take in parts."""
+    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None,
+                      route: Route = "learned") -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `forward`, but with normed hidden states (B, T, D) in place of logits, so that a
+        caller can give `head` the positions that it needs."""
         if not callable(route) and route not in ("learned", "full"):
             raise ValueError(f"route is {route!r}; expected 'learned', 'full' or a function")
-        start, T = cache.length if cache is not None else 0, input_ids.shape[1]
-        if start + T > (context := self.config.max_position_embeddings):
-            raise ValueError(f"{start + T} tokens do not fit the context of {context}")
-        x = self.model["embed_tokens"](input_ids)                                 # (B, T, D)
-        angle = torch.arange(start, start + T, device="cpu")[:, None] * self.frequencies  # (T, d/2)
-        cos, sin = angle.cos().to(x), angle.sin().to(x)  # to the device and dtype of x
+        start = cache.length if cache is not None else 0
+        end = start + input_ids.shape[1]
+        if end > self.config.max_position_embeddings:
+            raise ValueError(f"{end} tokens; the context is {self.config.max_position_embeddings}")
+
+        x = self.model.embed_tokens(input_ids)                                    # (B, T, D)
+        angle = torch.arange(start, end, device="cpu")[:, None] * self.frequencies    # (T, d/2)
+        cos = angle.cos().to(x, non_blocking=True)
+        sin = angle.sin().to(x, non_blocking=True)
         rotation = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)          # (T, d) each
-        routed = []
-        for layer in self.model["layers"]:
-            x, *decision = layer(x, rotation, cache, route)
-            routed += [decision] if decision[0] is not None else []               # R x 2 x (B, T)
+
+        gates = []
+        decisions = []
+        for layer in self.model.layers:
+            x, gate, kept = layer(x, rotation, cache, route)
+            if gate is not None:
+                gates.append(gate)
+                decisions.append(kept)
         if cache is not None:
-            cache.length += T
-        gates, kept = (torch.stack(each, -1) for each in zip(*routed)) if routed else (None, None)
-        return self.model["norm"](x), gates, kept
+            cache.length = end
+        x = self.model.norm(x)
+        if not gates:
+            return x, None, None
+        return x, torch.stack(gates, -1), torch.stack(decisions, -1)              # (B, T, R)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
-        return self.lm_head(x) if self.lm_head else F.linear(x, self.model["embed_tokens"].weight)
-
-    def save_flexidepth(self, path: str | Path) -> Path:
-        """Write routers and adapters to a .safetensors file, or into a folder. Returns the file."""
-        file = Path(path, "" if Path(path).suffix == ".safetensors" else "flexidepth.safetensors")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        trained = {name: p.detach() for name, p in self.named_parameters() if TRAINED.match(name)}
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")  # so that no half file is left
-        try:
-            temporary.write_bytes(save(trained, metadata={"format": "pt"}))
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return file
+        if self.lm_head is None:
+            return F.linear(x, self.model.embed_tokens.weight)
+        return self.lm_head(x)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, flexidepth: str | Path | None = None,
                         routing_layers: list[int] | None = None, device: str = "cpu",
-                        dtype: torch.dtype | None = None) -> "FlexiDepth":
+                        dtype: torch.dtype | None = None,
+                        trained_dtype: torch.dtype | None = None) -> "FlexiDepth":
         """Load a Llama or FlexiDepth checkpoint: a folder, or a hub name in the local cache.
-        flexidepth: a folder or file of trained routers and adapters. None: those in the model files
-        of the checkpoint, else new random ones (torch's global generator) in routing_layers or the
-        latter half. dtype: None keeps the checkpoint's. ValueError, FileNotFoundError if unfit."""
-        folder = find_folder(path)
-        base = read_tensors(folder, "model.safetensors", device, dtype)
-        dtype = next(iter(base.values())).dtype
-        trained = {name: base.pop(name) for name in list(base) if TRAINED.match(name)}
-        if flexidepth is not None:
-            found = Path(flexidepth) if Path(flexidepth).is_file() else find_folder(flexidepth)
-            trained = read_tensors(found, "flexidepth.safetensors", device, dtype, only=TRAINED)
-        # Which layers route, and how wide they are, is read from the tensors themselves.
-        layers = sorted({int(TRAINED.match(name)[1]) for name in trained})
-        if layers and routing_layers is not None and sorted(routing_layers) != layers:
-            raise ValueError(f"routing_layers {routing_layers} asked for; trained are {layers}")
-        rows = {name.split(".")[-2]: len(t) for name, t in trained.items()}
-        config = Config.from_json(
-            folder / "config.json", routing_layers=layers or routing_layers,
-            router_size=rows.get("router_enc"), adapter_size=rows.get("down_proj"))
-        with torch.device("meta"):  # shapes without memory; the weights are assigned to them
-            model = cls(config)
-        for i in config.routing_layers if not trained else ():
-            for part, module in (("router", Router(config)), ("router_proj", Adapter(config))):
-                base |= {f"model.layers.{i}.{part}.{name}": t.to(device, dtype)
-                         for name, t in module.state_dict().items()}
-        if config.tie_word_embeddings:
-            base.pop("lm_head.weight", None)  # some checkpoints store the embedding twice
-        try:
-            model.load_state_dict(base | trained, strict=True, assign=True)
-        except RuntimeError as error:  # names and shapes, a line each
-            raise ValueError(f"{flexidepth or path}: {' '.join(str(error).split())}") from None
-        return model
+
+        The routers and adapters are
+        - those of the folder or file `flexidepth`, if it is given;
+        - else those among the model's own weights (a flexidepth.safetensors beside them is read
+          only if it is asked for);
+        - else new random ones (torch's global generator) in routing_layers or the latter half.
+
+        The threshold is the one that was saved with them, else that of config.json, else 0.5; it
+        may be changed as model.config.threshold. dtype: None is the checkpoint's, or if its tensors
+        differ config.json's. trained_dtype, of routers and adapters: None is the base's.
+        FileNotFoundError or ValueError, with the file, if one is missing, broken or does not fit.
+        """
+        return load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dtype)
+
+    def save_flexidepth(self, path: str | Path) -> Path:
+        """Write routers, adapters and threshold to a .safetensors file, or into a folder, in their
+        dtype. Returns the file. OSError if it can't be written; an older file then stays."""
+        file = Path(path)
+        if file.suffix != ".safetensors":
+            file = file / "flexidepth.safetensors"
+        trained = {name: p for name, p in self.named_parameters() if TRAINED.match(name)}
+        write_tensors(file, trained, {"threshold": str(self.config.threshold)})
+        return file
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the whole model, in the base's dtype, as a folder in the released layout, which
+        from_pretrained reads: the weights in one file, config.json with the threshold, and the
+        tokenizer's files of the folder it came from. ValueError if it is that same folder."""
+        save_model(self, Path(path))
+
 
 def skip_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """L_skip: gates (B, T, R), mask (B, T) True at real tokens -> scalar, float32."""
-    per_token = gates.float().sum(-1).square()  # the square: dearest where many gates are open
-    return per_token.mean() if mask is None else per_token[mask].mean()
+    per_token = gates.float().sum(-1).square()  # the square falls hardest on tokens that go deep
+    if mask is None:
+        return per_token.mean()
+    return per_token[mask].mean()
+
 
 def layers_used(kept: Tensor, config: Config) -> Tensor:
     """The depth of every token, plain layers + those that kept it: kept (..., R) -> (...)."""
     return config.num_hidden_layers - len(config.routing_layers) + kept.sum(-1)
 
-# ---- Files ---------------------------------------------------------------------------------------
+
+# ---- Generation ----------------------------------------------------------------------------------
+def sample(logits: Tensor, temperature: float, top_p: float,
+           generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Tokens (B,) of logits (B, V): the likeliest ones at temperature 0, else drawn from the
+    nucleus top_p, with a CPU generator for each row, or torch's global one."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if generators is not None and len(generators) != len(logits):
+        raise ValueError(f"{len(generators)} generators for {len(logits)} rows")
+    # On the CPU, so that a seed gives the same text from every device. In float64 and with their
+    # maximum at 0, because a tiny temperature would divide float32 logits to infinity.
+    scores = logits.double().cpu()
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    probs, ids = scores.softmax(-1).sort(descending=True)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0  # the likeliest token always stays
+    generators = generators or [None] * len(logits)
+    drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]
+    return ids.gather(-1, torch.stack(drawn))[:, 0].to(logits.device)
+
+
+@torch.inference_mode()
+def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
+             top_p: float = 1.0, generators: Sequence[torch.Generator] | None = None,
+             stop_ids: Iterable[int] = (), route: Route = "learned"
+             ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield token and depth, int64 (B,) each, after prompts (B, T) of one length. The depth is that
+    of the position that predicted the token. Prompts and answers are both routed.
+
+    Ends when each row has had a token of stop_ids, after max_new_tokens, or at the end of the
+    context. A row that has had one goes on until all have: what it yields then means nothing.
+    generators: as for `sample`. ValueError, at the first token, if a setting is wrong, and later
+    if the logits are no longer finite."""
+    context = model.config.max_position_embeddings
+    if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= context or not len(input_ids):
+        raise ValueError(f"input_ids {[*input_ids.shape]}; expected (B, T), T from 1 to {context}")
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}; expected >= 0 and in (0, 1]")
+
+    B, T = input_ids.shape
+    weight = model.model.embed_tokens.weight
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=weight.device)
+    ended = torch.zeros(B, dtype=torch.bool, device=weight.device)
+    new_tokens = max(0, min(max_new_tokens, context - T + 1))  # the last one is not fed back
+    cache = KVCache(model.config, B, T + new_tokens - 1, weight.device, weight.dtype)
+    input_ids = input_ids.to(weight.device)
+    for _ in range(new_tokens):
+        # For a single token oneDNN would repack all weights to use them once: it is switched off.
+        onednn = torch.backends.mkldnn.enabled and input_ids.numel() > 1
+        with torch.backends.mkldnn.flags(  # None leaves a setting as it is
+                enabled=onednn, deterministic=None, allow_tf32=None, fp32_precision=None):
+            x, _, kept = model.hidden_states(input_ids, cache, route)
+            logits = model.head(x[:, -1])                                         # (B, V)
+        if not logits.isfinite().all():
+            raise ValueError(f"the logits after {cache.length} tokens are not finite numbers: "
+                             "broken weights, or a dtype that is too narrow (try float32)")
+        token = sample(logits, temperature, top_p, generators)
+        depth = torch.full_like(token, model.config.num_hidden_layers)
+        if kept is not None:
+            depth = layers_used(kept[:, -1], model.config)
+        yield token, depth
+        ended |= torch.isin(token, stops)
+        if ended.all():
+            return
+        input_ids = token[:, None]
+
+
+# ---- Loading and saving --------------------------------------------------------------------------
 def read_json(path: Path) -> dict:
     """A JSON object. FileNotFoundError, or ValueError if it is not one."""
     try:
@@ -391,160 +563,446 @@ def read_json(path: Path) -> dict:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
 
+
 def find_folder(path: str | Path) -> Path:
     """The folder `path`, or that of a hub name ("meta-llama/Llama-3.2-1B") in the local cache."""
-    if Path(path).is_dir():
-        return Path(path)
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = f"{os.environ.get('HF_HOME') or f'{cache}/huggingface'}/hub"
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or hub
+    hub = Path(os.path.expandvars(hub)).expanduser()
     repository = hub / f"models--{str(path).replace('/', '--')}"
-    if (main := repository / "refs" / "main").is_file():  # it holds the name of the snapshot
+    main = repository / "refs" / "main"
+    if main.is_file():  # it holds the name of the newest snapshot
         return repository / "snapshots" / main.read_text().strip()
+    snapshots = sorted(repository.glob("snapshots/*"), key=lambda folder: folder.stat().st_mtime)
+    if snapshots:
+        return snapshots[-1]
     raise FileNotFoundError(f"{path}: no such folder, nor in {hub} (hub names: hf download {path})")
 
-def read_tensors(path: Path, name: str, device: str, dtype: torch.dtype | None,
-                 only: re.Pattern = re.compile("")) -> dict[str, Tensor]:
-    """Tensors of a file; of a folder those of `name`, else model.safetensors, else as indexed."""
-    index, tensors = path / "model.safetensors.index.json", {}
-    files = [file for file in (path, path / name, path / "model.safetensors") if file.is_file()][:1]
-    places = read_json(index).get("weight_map", {}) if not files and index.is_file() else {}
-    files = files or [path / file for file in sorted({*places.values()})]
-    for file in files:
+
+def find_weights(path: Path, name: str) -> dict[Path, set[str] | None]:
+    """The files that hold the weights, each with the tensors to take from it, None for all.
+    path: a file; or a folder that has `name`, model.safetensors, or shards with an index."""
+    for file in (path, path / name, path / "model.safetensors"):
+        if file.is_file():
+            return {file: None}
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = {}
+        for key, shard in read_json(index).get("weight_map", {}).items():
+            shards.setdefault(path / shard, set()).add(key)
+        return shards
+    if any(path.glob("model-*.safetensors")):
+        raise FileNotFoundError(f"{path}: has shards but no {index.name}; download that file too")
+    if any(path.glob("*.bin")) or any(path.glob("*.pth")):
+        raise FileNotFoundError(f"{path}: has its weights as .bin or .pth only, which can run code "
+                                "when read; download or make model.safetensors")
+    raise FileNotFoundError(f"{path}: holds neither {name} nor {index.name}")
+
+
+def read_tensors(path: Path, name: str, device: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of find_weights, in the dtypes of the files, and the files' metadata."""
+    tensors = {}
+    metadata = {}
+    for file, wanted in find_weights(path, name).items():
         try:
             with safe_open(file, framework="pt", device=str(device)) as opened:
-                for key in filter(only.match, opened.keys()):
-                    if not places or places.get(key) == file.name:
-                        tensors[key] = opened.get_tensor(key).to(dtype=dtype)
+                metadata |= opened.metadata() or {}
+                for key in opened.keys():
+                    if wanted is None or key in wanted:
+                        tensors[key] = opened.get_tensor(key)
         except SafetensorError as error:
+            with open(file, "rb") as opened:
+                if opened.read(30).startswith(b"version https://git-lfs"):
+                    raise ValueError(f"{file}: a Git LFS pointer in place of the weights; fetch "
+                                     "them with `git lfs pull` or `hf download`") from None
             raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    if not tensors:
-        raise FileNotFoundError(f"{path}: no {name} or {index.name} with such tensors")
-    return tensors
+    return tensors, metadata
+
+
+def load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dtype) -> FlexiDepth:
+    """The work of FlexiDepth.from_pretrained."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r}: {str(error)[:100]}") from None
+    folder = find_folder(path)
+    own, metadata = read_tensors(folder, "model.safetensors", device)
+    base = {name: t for name, t in own.items() if not name.endswith("rotary_emb.inv_freq")}
+    trained = {name: base.pop(name) for name in own if TRAINED.match(name)}
+    if flexidepth is not None:
+        source = Path(flexidepth).expanduser()
+        if not source.is_file():
+            source = find_folder(flexidepth)
+        given, metadata = read_tensors(source, "flexidepth.safetensors", device)
+        trained = {name: t for name, t in given.items() if TRAINED.match(name)}
+        if not trained:
+            raise FileNotFoundError(f"{source}: no flexidepth.safetensors, or no routers in it")
+
+    # Which layers route, and how wide they are, is read from the tensors themselves.
+    layers = sorted({int(TRAINED.match(name)[1]) for name in trained})
+    if layers and routing_layers is not None and sorted(routing_layers) != layers:
+        raise ValueError(f"routing_layers {routing_layers} asked for; trained are {layers}")
+    widths = {}
+    if layers:
+        first = f"model.layers.{layers[0]}"
+        for key, name in (("router_size", f"{first}.router.router_enc.weight"),
+                          ("adapter_size", f"{first}.router_proj.down_proj.weight")):
+            widths[key] = len(trained.get(name, ())) or None
+    if "threshold" in metadata:
+        widths["threshold"] = float(metadata["threshold"])
+    config = Config.from_json(
+        folder / "config.json", routing_layers=layers or routing_layers, **widths)
+    if config.tie_word_embeddings:  # either name will do; some checkpoints hold both
+        head = base.pop("lm_head.weight", None)
+        if head is not None:
+            base.setdefault("model.embed_tokens.weight", head)
+
+    with torch.device("meta"):  # shapes without memory; the weights are assigned to them
+        model = cls(config)
+    model.folder = folder
+    if not trained:
+        for index in config.routing_layers:
+            for part, module in (("router", Router(config)), ("router_proj", Adapter(config))):
+                for name, t in module.state_dict().items():
+                    trained[f"model.layers.{index}.{part}.{name}"] = t.to(device)
+
+    if dtype is None:
+        dtype = common_dtype(base, read_json(folder / "config.json"))
+    for tensors, wanted in ((base, dtype), (trained, trained_dtype or dtype)):
+        for name in tensors:
+            tensors[name] = tensors[name].to(wanted)
+    try:
+        model.load_state_dict(base | trained, strict=True, assign=True)
+    except RuntimeError as error:  # all names and shapes, which may be hundreds of lines
+        message = " ".join(str(error).split())
+        raise ValueError(f"{flexidepth or path}: {message}"[:300]) from None
+    return model
+
+
+def common_dtype(tensors: dict[str, Tensor], config: dict) -> torch.dtype:
+    """The dtype of all tensors; if they differ, that of config.json, or else of the embedding."""
+    dtypes = {t.dtype for t in tensors.values()}
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    if isinstance(named, torch.dtype):
+        return named
+    embedding = tensors.get("model.embed_tokens.weight")
+    return torch.float32 if embedding is None else embedding.dtype
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, which appears under its name only when it is complete. With a single
+    key of metadata, equal tensors make equal files."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.part")
+    try:
+        save_file({name: t.detach() for name, t in tensors.items()}, temporary, metadata)
+        temporary.replace(file)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{file}: not written ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(model: FlexiDepth, folder: Path) -> None:
+    """The work of FlexiDepth.save_pretrained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = model.model.embed_tokens.weight.dtype
+    raw = asdict(model.config)
+    if raw["rope_scaling"]:
+        raw["rope_scaling"]["rope_type"] = "llama3"
+    if model.folder is not None:
+        if model.folder.samefile(folder):
+            raise ValueError(f"{folder}: the base model is in this folder; give another one")
+        raw = read_json(model.folder / "config.json")
+        for pattern in ("tokenizer*", "original/tokenizer.model", "*chat_template*",
+                        "special_tokens_map.json", "generation_config.json"):
+            for file in filter(Path.is_file, model.folder.glob(pattern)):
+                copy = folder / file.relative_to(model.folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+    raw.pop("dtype", None)  # transformers 5 writes this for torch_dtype
+    raw |= {"model_type": "ddllama", "routing_layers": model.config.routing_layers,
+            "threshold": model.config.threshold, "torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: t.to(dtype) for name, t in model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+
 
 # ---- Text ----------------------------------------------------------------------------------------
 # Llama 3's special tokens, in the order in which they follow the ranks of tokenizer.model.
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>",
            "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
-# How text is cut before its bytes are merged to tokens.
+# The patterns that cut text before its bytes are merged to tokens: Llama 3's, GPT-2's, SmolLM2's.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT_SPLIT = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
+               r"|\s+(?=\p{N})|\s+(?!\S)|\s+")
+# Runs of blanks, or of anything else, are cut after 25,000 characters, as in Meta's tokenizer:
+# tiktoken fails on very long ones.
+LONG_RUN = re.compile(r"\s{25000}|\S{25000}")
+# The special tokens that frame a message. A format needs all of its own.
+CHAT_FORMATS = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                "chatml": ("<|im_start|>", "<|im_end|>")}
+ENDS = ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")  # of a text or an answer
 
-def read_tokenizer_model(file: Path) -> dict:
-    """tiktoken's arguments from Meta's tokenizer.model: lines of a base64 token and its rank."""
+
+@dataclass
+class Vocabulary:
+    """What the tokenizer files of a folder say."""
+    ranks: dict[bytes, int]   # token -> id; tokens are merged in the order of their ids
+    special: dict[str, int]   # by name; never recognised in a text
+    added: dict[str, int]     # by name; recognised in a text, before anything else
+    pattern: str
+    begin: str | None         # the special token that a text begins with
+
+    def size(self) -> int:
+        return 1 + max([*self.ranks.values(), *self.special.values(), *self.added.values()])
+
+
+def read_tokenizer_model(file: Path) -> Vocabulary:
+    """Meta's tokenizer.model: lines of a base64 token and its rank."""
+    content = file.read_bytes()
+    if is_sentencepiece(file):
+        raise ValueError(f"{file}: a SentencePiece model, as of Llama 2 and TinyLlama; only "
+                         "byte-level BPE, as of Llama 3, is supported")
     ranks = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise ValueError(f"{file}: line {number} is not 'base64 rank', as in Llama 3") from None
     special = {name: rank for rank, name in enumerate(SPECIAL, len(ranks))}
-    return {"pat_str": SPLIT, "mergeable_ranks": ranks, "special_tokens": special}
+    return Vocabulary(ranks, special, {}, SPLIT, "<|begin_of_text|>")
 
-def read_tokenizer_json(file: Path) -> dict:
-    """tiktoken's arguments from a byte-level BPE tokenizer.json. ValueError for another kind."""
+
+def is_sentencepiece(file: Path) -> bool:
+    """Whether a tokenizer.model is a protocol buffer, and not Meta's lines of text."""
+    with open(file, "rb") as opened:
+        return opened.read(1) == b"\n"  # the mark of its first field
+
+
+def byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in a tokenizer.json: printable ones for themselves,
+    the others numbered from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(byte): byte for byte in printable}
+    return characters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def read_pattern(pre_tokenizer: dict) -> str:
+    """How a tokenizer.json cuts text. ValueError if it is not one of the three known ways."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = [step["type"] for step in steps]
+    first = steps[0]
+    level = steps[-1]
+    if level["type"] == "ByteLevel" and not level["add_prefix_space"]:
+        own_pattern = level.get("use_regex", True)
+        if kinds == ["ByteLevel"] and own_pattern:
+            return GPT2_SPLIT
+        if kinds == ["Digits", "ByteLevel"] and own_pattern and first["individual_digits"]:
+            return DIGIT_SPLIT
+        if kinds == ["Split", "ByteLevel"] and not own_pattern and not first.get("invert"):
+            if first["behavior"] == "Isolated":
+                return first["pattern"]["Regex"]
+    raise ValueError(f"pre_tokenizer {kinds} is not supported with these settings")
+
+
+def read_tokenizer_json(file: Path) -> Vocabulary:
+    """A byte-level BPE tokenizer.json. ValueError for another kind."""
     raw = read_json(file)
+    byte = byte_characters()
+    framing = sum(CHAT_FORMATS.values(), ())
+    special = {}
+    added = {}
     try:
-        model, (split, level) = raw["model"], raw["pre_tokenizer"]["pretokenizers"]
-        kinds = [model["type"], split["type"], split["behavior"], level["type"]]
-        odd = [level["use_regex"], level["add_prefix_space"], raw.get("normalizer")]
-        # Bytes are written as characters: printable ones as they are, others numbered from 256 on.
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        rest = (b for b in range(256) if b not in plain)
-        byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-        special = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        ranks = {bytes(byte[character] for character in token): rank
-                 for token, rank in model["vocab"].items() if token not in special}
+        model = raw["model"]
+        if model["type"] != "BPE" or raw.get("normalizer"):
+            raise ValueError(f"model {model['type']}, normalizer {raw.get('normalizer')}")
+        pattern = read_pattern(raw["pre_tokenizer"])
+        for token in raw["added_tokens"]:
+            if token["special"] or token["content"] in framing:
+                special[token["content"]] = token["id"]
+            elif token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                raise ValueError(f"added token {token['content']!r} takes blanks or whole words")
+            else:
+                added[token["content"]] = token["id"]
+        named = special | added
+        vocab = {token: i for token, i in model["vocab"].items() if token not in named}
+        ranks = {bytes(byte[character] for character in token): i for token, i in vocab.items()}
+
         # tiktoken merges in the order of ranks, and so must the file's own list of merges.
-        ids = [model["vocab"]["".join(pair).replace(" ", "")] for pair in model["merges"]]
-        if kinds != ["BPE", "Split", "Isolated", "ByteLevel"] or any(odd) or ids != sorted(ids):
-            raise ValueError(f"{kinds}, {odd}, or merges out of order")
-        pattern = split["pattern"]["Regex"]
-        return {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": special}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merged = [vocab[left + right] for left, right in pairs if left in vocab and right in vocab]
+        if len(merged) != len(pairs) or merged != sorted(merged):
+            raise ValueError("its merges are not in the order of its ids")
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{file}: not a byte-level BPE that is supported ({error!r})") from None
 
+    begin = read_begin(raw.get("post_processor") or {})
+    if begin not in special:
+        begin = "<|begin_of_text|>" if "<|begin_of_text|>" in special else None
+    return Vocabulary(ranks, special, added, pattern, begin)
+
+
+def read_begin(post_processor: dict) -> str | None:
+    """The token that a tokenizer.json puts before every text, by its name, if it puts one."""
+    for step in post_processor.get("processors", [post_processor]):
+        template = step.get("single") or [{}]
+        if "SpecialToken" in template[0]:
+            return template[0]["SpecialToken"]["id"]
+    return None
+
+
+def read_chat_template(folder: Path) -> str:
+    """The folder's chat template, "" if it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return ""
+    return str(read_json(settings).get("chat_template") or "")
+
+
 class Tokenizer:
-    """Llama 3's text and chat format, on tiktoken. `stop_ids`: the tokens that end an answer."""
-    def __init__(self, stop_ids: Iterable[int] = (), **tiktoken_arguments):
-        self.encoding = tiktoken.Encoding("llama3", **tiktoken_arguments)
-        self.special = tiktoken_arguments["special_tokens"]
-        known = {*tiktoken_arguments["mergeable_ranks"], *self.special, *RESERVED}
-        if missing := {*map(bytes, zip(range(256))), *SPECIAL} - known:
-            raise ValueError(f"a tokenizer without {missing}; expected one like Llama 3's")
-        self.stop_ids = {*stop_ids, self.special["<|end_of_text|>"], self.special["<|eot_id|>"]}
+    """Text and chats as token ids, on tiktoken.
+
+    vocab_size: one more than the largest id. special: ids of the special tokens by name.
+    stop_ids: the tokens that end an answer. chat_format: "llama3", "chatml", or None where the
+    folder's chat template is neither."""
+    def __init__(self, vocabulary: Vocabulary, chat_template: str = "",
+                 stop_ids: Sequence[int] = ()):
+        self.vocab_size = vocabulary.size()
+        self.special = special = vocabulary.special
+        self.added = vocabulary.added
+        names = sorted(self.added, key=len, reverse=True)  # the longest one that matches is meant
+        self.find_added = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        ends = [special[name] for name in ENDS if name in special]
+        self.stop_ids = {*stop_ids, *ends}
+        self.begin = [special[vocabulary.begin]] if vocabulary.begin else []
+        self.end = [*ends, *stop_ids][:1]
+        # SmolLM2 has no tokens for some bytes. They get ids past the last one for tiktoken's sake,
+        # and encode drops them, as the tokenizers package does.
+        lacking = [bytes([b]) for b in range(256) if bytes([b]) not in vocabulary.ranks]
+        ranks = vocabulary.ranks | {b: self.vocab_size + i for i, b in enumerate(lacking)}
+        self.encoding = tiktoken.Encoding(
+            "flexidepth", pat_str=vocabulary.pattern, mergeable_ranks=ranks,
+            special_tokens=special | self.added)
+
+        # The format is the one whose first token the template names, or, where there is no
+        # template, the one whose first token there is. If both are named, neither is taken.
+        source = chat_template or special
+        named = [name for name, tokens in CHAT_FORMATS.items() if tokens[0] in source]
+        self.chat_format = None
+        if len(named) == 1 and all(token in special for token in CHAT_FORMATS[named[0]]):
+            self.chat_format = named[0]
+        self.begin_chat = []
+        if self.chat_format == "llama3" or "bos_token" in chat_template:
+            self.begin_chat = self.begin
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """From tokenizer.model (here or in original/) or tokenizer.json of a folder or hub name."""
-        folder, stop_ids = find_folder(path), []
+        """From tokenizer.json or tokenizer.model (here or in original/) of a folder or hub name.
+        Of several the one with the most tokens is read, as an older one may lie beside it.
+        ValueError or FileNotFoundError if there is none of a kind that is supported."""
+        folder = find_folder(path)
+        vocabularies = []
+        if (folder / "tokenizer.json").is_file():
+            vocabularies.append(read_tokenizer_json(folder / "tokenizer.json"))
+        for file in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
+            if file.is_file() and not (vocabularies and is_sentencepiece(file)):
+                vocabularies.append(read_tokenizer_model(file))
+        if not vocabularies:
+            raise FileNotFoundError(f"{path}: holds neither tokenizer.model nor tokenizer.json")
+
+        stop_ids = []
         for file in (folder / "config.json", folder / "generation_config.json"):
             ids = read_json(file).get("eos_token_id") if file.is_file() else None
-            stop_ids += ids if isinstance(ids, list) else [] if ids is None else [ids]
-        for name in ("tokenizer.model", "original/tokenizer.model", "tokenizer.json"):
-            if (folder / name).is_file():
-                read = read_tokenizer_json if name.endswith("json") else read_tokenizer_model
-                return cls(stop_ids, **read(folder / name))
-        raise FileNotFoundError(f"{path}: holds neither tokenizer.model nor tokenizer.json")
+            if ids is not None:
+                stop_ids += ids if isinstance(ids, list) else [ids]
+        return cls(max(vocabularies, key=Vocabulary.size), read_chat_template(folder), stop_ids)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids. A special token's name inside the text is encoded as plain text."""
-        ids = [self.special["<|begin_of_text|>"]] * bos + self.encoding.encode_ordinary(text)
-        return ids + [self.special["<|end_of_text|>"]] * eos
+        """Token ids. A special token's name inside the text is encoded as plain text. Bytes that
+        are no tokens are left out. bos and eos add the tokens that this tokenizer's texts begin
+        and end with, if it has such tokens."""
+        ids = []
+        for part in self.find_added.split(text):
+            if part in self.added:
+                ids.append(self.added[part])
+                continue
+            cuts = [0, *(run.end() for run in LONG_RUN.finditer(part)), len(part)]
+            for start, end in pairwise(cuts):
+                ids += self.encoding.encode_ordinary(part[start:end])
+        ids = [i for i in ids if i < self.vocab_size]
+        return self.begin * bos + ids + self.end * eos
 
-    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-        """Token ids of [{"role": ..., "content": ...}, ...], and of the header of an answer."""
-        def header(role: str) -> list[int]:
+    def encode_message(self, message: dict) -> tuple[list[int], list[bool]]:
+        """Token ids of one message of a chat, {"role": ..., "content": ...}, and a list of bools,
+        True at the content and at the token that ends the turn: what its author says."""
+        role = message["role"]
+        content = message["content"]
+        header = self.encode_header(role)
+        if self.chat_format == "llama3":
+            prefix = "\n\n"
+            content = content.strip()
+            opening = header[:-len(self.encode(prefix))]
+            closing = [self.special["<|eot_id|>"]]
+        else:
+            prefix = f"{role}\n"
+            opening = header[:1]
+            closing = [self.special["<|im_end|>"], *self.encode("\n")]
+
+        # Prefix and content are one text to the template: a token may hold the end of the one and
+        # the beginning of the other.
+        text = self.encode(prefix + content)
+        said = [False] * len(opening)
+        place = 0
+        for token in text:
+            said.append(place >= len(prefix.encode()))
+            place += len(self.token_bytes(token))
+        said += [True] + [False] * (len(closing) - 1)
+        return [*opening, *text, *closing], said
+
+    def encode_header(self, role: str) -> list[int]:
+        """Token ids that open a message. ValueError if the chat format is not known."""
+        if self.chat_format == "llama3":
             return [self.special["<|start_header_id|>"], *self.encode(role),
                     self.special["<|end_header_id|>"], *self.encode("\n\n")]
-        ids = [self.special["<|begin_of_text|>"]]
+        if self.chat_format == "chatml":
+            return [self.special["<|im_start|>"], *self.encode(f"{role}\n")]
+        raise ValueError("this model's chat format is neither Llama 3's nor ChatML: it can only "
+                         "continue plain text (sample.py --raw, rows of text for train.py)")
+
+    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
+        """Token ids of [{"role": ..., "content": ...}, ...], and of the header of an answer. They
+        are those of the folder's own template, but for system messages and dates that some
+        templates make up where none is given."""
+        ids = list(self.begin_chat)
         for message in messages:
-            content = self.encode(message["content"].strip())
-            ids += [*header(message["role"]), *content, self.special["<|eot_id|>"]]
-        return ids + header("assistant") if add_generation_prompt else ids
+            ids += self.encode_message(message)[0]
+        if add_generation_prompt:
+            ids += self.encode_header("assistant")
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, or a placeholder for an id that this tokenizer does not have."""
+        try:
+            if token < self.vocab_size:
+                return self.encoding.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):
+            pass
+        return f"<|unknown_{token}|>".encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included; bytes not in UTF-8 become U+FFFD."""
-        return self.encoding.decode(list(ids), errors="replace")
-
-# ---- Generation ----------------------------------------------------------------------------------
-def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> int:
-    """A token of logits (V,): the likeliest at temperature 0, else drawn from the nucleus top_p."""
-    if temperature == 0:
-        return int(logits.argmax())
-    # On the CPU, so that a seed gives the same text from every device.
-    probs, ids = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0  # the likeliest token always stays
-    return int(ids[torch.multinomial(probs, 1, generator=generator)])
-
-@torch.inference_mode()
-def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
-             top_p: float = 1.0, generator: torch.Generator | None = None,
-             stop_ids: Iterable[int] = (), route: Route = "learned") -> Iterator[tuple[int, int]]:
-    """Yield (token id, layers used by the position that predicted it) after a prompt (1, T). Ends
-    after a token of stop_ids, max_new_tokens, or at the end of the context. Prompt and answer are
-    both routed. generator: a CPU one. ValueError, at the first token, if a setting is wrong."""
-    T, context = input_ids.shape[-1], model.config.max_position_embeddings
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not 0 < T <= context:
-        raise ValueError(f"input_ids {[*input_ids.shape]}; expected (1, T), T from 1 to {context}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top_p {top_p}; expected >= 0 and in (0, 1]")
-    weight, stop_ids = model.model["embed_tokens"].weight, set(stop_ids)
-    new_tokens = max(0, min(max_new_tokens, context - T + 1))  # the last one is not fed back
-    cache = KVCache(model.config, 1, T + new_tokens - 1, weight.device, weight.dtype)
-    for _ in range(new_tokens):
-        # For one token oneDNN would repack all weights to use them once: off, for all threads.
-        onednn = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = onednn and input_ids.shape[1] > 1
-        try:
-            x, _, kept = model.hidden_states(input_ids.to(weight.device), cache, route)
-            logits = model.head(x[0, -1])
-        finally:
-            torch.backends.mkldnn.enabled = onednn
-        token = sample(logits, temperature, top_p, generator)
-        depth = model.config.num_hidden_layers
-        yield token, depth if kept is None else int(layers_used(kept[0, -1], model.config))
-        if token in stop_ids:
-            return
-        input_ids = torch.tensor([[token]])
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")

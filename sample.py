@@ -1,480 +1,515 @@
 """Generate text, and see how many layers each token took.
 
     python sample.py --show-depth                                # the tiny Llama of tests/
-    python sample.py --table --prompt "37 + 48 ="                # a row a token, with the layers it ran
-    python sample.py --route both                                # beside the pre-trained model, all layers
+    python sample.py --show-depth --prompt "37 + 48 =" --html page.html
     python sample.py --model meta-llama/Llama-3.2-1B-Instruct --flexidepth out --chat
-    python sample.py --prompt-file prompts.jsonl --depth-map depth.jsonl --html depth.html --summary
+    python sample.py --prompt-file prompts.jsonl --depth-map depth.jsonl
 
-A prompt is the user's message of a chat; with --raw it is text to be continued. Routers and adapters
-are those of --flexidepth, or what train.py left in out/ for this model, or those in the model's own folder.
-Each generation is one record (README.md has its fields); terminal, --depth-map and --html are views of it.
+A prompt is the user's message of a chat; with --raw it is text to be continued. Routers and
+adapters are those of --flexidepth, or what train.py left in out/ for this model, or those in the
+model's own folder. Each generation makes one record (README.md has its fields): the terminal,
+--depth-map and --html are three views of it.
 """
 import argparse
-import base64
 import codecs
 import hashlib
-import io
+import html
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from html import escape
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TextIO
 
 import torch
 
-from flexidepth import Config, FlexiDepth, Tokenizer, generate
+from flexidepth import FlexiDepth, Tokenizer, generate
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 EXAMPLES = ["Finish: the early bird", "Repeat: 47 12 85", "Copy 2 to 3: 31 58 64 90", "38 + 47 =",
             "Tom has 38 figs and gets 47 more.", "7 * 58 ="]
-# From light to dark blue: an order that the colour-blind can read too. The steps between, in 256 colours.
-PALE, DEEP, SHADES = (214, 234, 255), (10, 45, 125), (195, 159, 117, 75, 33, 26, 19)
+SHADES = (195, 159, 117, 75, 33, 26, 19)  # of blue among a terminal's 256 colours, light to dark
+# What could steer a terminal or hide the order of a text: control and bidirectional characters.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+                    "\ud800-\udfff]")
+
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("sample.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    tiny = TINY.relative_to(Path.cwd()) if TINY.is_relative_to(Path.cwd()) else TINY
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"sample.py: {message}")
     add = parser.add_argument
-    add("--model", default=os.path.relpath(TINY), help="folder of a Llama, or a hub name in the local cache")
+    add("--model", default=str(tiny), help="folder of a Llama, or a hub name in the local cache")
     add("--flexidepth", type=Path, help="folder or file of trained routers and adapters")
     add("--prompt", action="append", help="what to ask; may be given several times")
-    add("--prompt-file", type=Path, help="a prompt a line, or .jsonl rows with prompt or messages, any task")
+    add("--prompt-file", type=Path, help="a prompt a line, or JSONL with prompt or messages, task")
     add("--chat", action="store_true", help="read messages from the terminal, and remember them")
-    add("--raw", action="store_true", help="continue the prompt as plain text, without chat format")
-    add("--show-depth", action="store_true", help="show how many layers each token of the answer used")
-    add("--table", action="store_true", help="a row a token too: its layers, and the routed ones it ran (#)")
-    add("--depth-map", type=Path, help="append a record a line to this JSONL file, going on after its last")
-    add("--html", type=Path, help="write a page: text shaded by depth, tokens x layers, distribution")
-    add("--summary", action="store_true", help="at the end, layers by kind of token and by task")
+    add("--raw", action="store_true", help="continue the prompt as plain text, no chat format")
+    add("--show-depth", action="store_true", help="show how many layers each token used")
+    add("--depth-map", type=Path, help="append a record a line to this JSONL file; goes on with it")
+    add("--html", type=Path, help="write a page: text shaded by depth, and maps of the layers")
     add("--gates", action="store_true", help="gate scores in the records, too")
+    add("--route", choices=["learned", "full"], default="learned", help="full: the base model")
+    add("--threshold", type=float, help="a gate is open above it (default: as trained, 0.5)")
     add("--max-new-tokens", type=int, default=200, help="at most so many tokens an answer (200)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (1)")
-    add("--seed", type=int, default=0, help="of the drawing for the first prompt; the next has one more (0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
-    add("--threshold", type=float, default=0.5, help="a gate is open above it (0.5); more skips more")
-    add("--route", choices=["learned", "full", "both"], default="learned", help="full: the pre-trained model")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest of this mass (1)")
+    add("--seed", type=int, default=0, help="of the first prompt's draws; the next has one more")
+    add("--batch-size", type=int, default=64, help="prompts of one length to run together (64)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     args = parser.parse_args()
-    args.show_depth |= args.table
-    # Answers appear in the terminal unless another view is all that is asked for.
-    args.print = args.show_depth or args.chat or not (args.depth_map or args.html or args.summary)
-    if args.max_new_tokens < 1:
-        fail(f"--max-new-tokens is {args.max_new_tokens}; expected at least 1")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device) or (
-            args.device != "cpu" and int(args.device[5:] or 0) >= torch.cuda.device_count()):
-        fail(f"--device {args.device}: torch finds {torch.cuda.device_count()} GPUs; expected cpu, cuda, ...")
-    if args.chat and args.depth_map and args.depth_map.is_file() and args.depth_map.stat().st_size:
-        fail(f"--depth-map {args.depth_map} holds records, and a chat can't go on from them; give a new name")
-    if args.html and args.html.suffix != ".html":
-        fail(f"--html {args.html}: expected a name that ends in .html")
+
+    if args.max_new_tokens < 1 or args.batch_size < 1:
+        parser.error("--max-new-tokens and --batch-size: expected at least 1")
+    if not 0 <= args.seed < 2**62:
+        parser.error(f"--seed {args.seed}: expected 0 to 2**62")
+    if args.chat and (args.raw or args.prompt or args.prompt_file):
+        parser.error("--chat reads its prompts from the terminal, in chat format")
+    if args.chat and args.depth_map and args.depth_map.is_file():
+        parser.error(f"--depth-map {args.depth_map} is there; a chat needs a new file")
+    for path in (args.depth_map, args.html):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}")
     return args
 
-def fail(message: str):
-    """One line and exit status 2, as for every error that the user can mend."""
-    print(f"sample.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
 
 def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
-    """The model with the routers and adapters given, or last trained for it, or that came with it; and the
-    fields that all its records share."""
-    full, dtype, digest = args.route == "full", args.dtype and getattr(torch, args.dtype), hashlib.sha256()
-    flexidepth, trained = args.flexidepth or args.model, Path("out", "train.json")
+    """The model, and the fields that all its records share."""
+    flexidepth = args.flexidepth or args.model
+    trained = Path("out", "train.json")
     if args.flexidepth is None and trained.is_file():
-        trained_for = str(json.loads(trained.read_text()).get("settings", {}).get("model"))
-        if trained_for == args.model or Path(trained_for).resolve() == Path(args.model).resolve():
+        trained_for = str(json.loads(trained.read_text())["settings"]["model"])
+        if Path(trained_for).resolve() == Path(args.model).resolve():
             flexidepth = trained.parent
+    if args.route == "full":
+        flexidepth = None
+    dtype = args.dtype and getattr(torch, args.dtype)
     try:
-        model = FlexiDepth.from_pretrained(args.model, None if full else flexidepth, None, args.device, dtype)
+        model = FlexiDepth.from_pretrained(
+            args.model, flexidepth, device=args.device, dtype=dtype)
     except FileNotFoundError as error:
-        more = "" if full else "; train.py makes routers and adapters, --route full needs none"
-        raise FileNotFoundError(f"{error}{more}") from None
-    print(f"{args.model},", "all layers for every token" if full else f"routers and adapters of {flexidepth}")
-    model.config.threshold = args.threshold
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # trained: other routers or adapters give other records
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    config, settings = model.config, ("route", "threshold", "temperature", "top_p", "max_new_tokens", "gates")
-    shared = {"version": 1, "model": args.model, "flexidepth": str(flexidepth), "sha256": digest.hexdigest(),
-              "dtype": str(next(model.parameters()).dtype)[6:], "num_hidden_layers": config.num_hidden_layers,
-              "routing_layers": config.routing_layers, **{key: vars(args)[key] for key in settings}}
-    return model, shared | ({"flexidepth": None, "sha256": None, "routing_layers": []} if full else {})
+        raise FileNotFoundError(f"{error} (train.py makes routers and adapters; --route full "
+                                "needs none)") from None
+    if args.threshold is not None:
+        model.config.threshold = args.threshold
 
-# ---- From prompts to records ---------------------------------------------------------------------
-def read_prompts(args: argparse.Namespace, file: BinaryIO, encode: Callable) -> Iterator[dict]:
-    """{"messages": [...]}, with --raw {"text": ...}, and any task, of each prompt asked for, else of the
-    examples; with --chat those of the user, as they come. ValueError, with its line, if one is unfit."""
-    def row(prompt=None, messages=None, task=None, **_) -> dict:
-        messages = [{"role": "user", "content": prompt}] if messages is None else messages
-        messages = [{key: message[key] for key in ("role", "content")} for message in messages]
-        if messages[-1]["role"] == "assistant":  # the reference answer
-            messages.pop()
-        if not all([message["content"].strip() for message in messages]) or messages[-1]["role"] != "user":
-            raise ValueError("an empty prompt, or no message of a user at the end")
-        row = {"text": prompt} if args.raw else {"messages": messages}
-        encode(row)  # does it fit the context?
-        return row | ({} if task is None else {"task": str(task)})
+    config = model.config
+    shared = {
+        "version": 1, "model": args.model, "flexidepth": None, "sha256": None,
+        "dtype": str(model.model.norm.weight.dtype).removeprefix("torch."),
+        "num_hidden_layers": config.num_hidden_layers, "routing_layers": [], "route": args.route,
+        "threshold": config.threshold, "temperature": args.temperature, "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens, "gates": args.gates}
+    print(f"{args.model},", f"routers and adapters of {flexidepth}" if flexidepth
+          else "all layers for every token")
+    if flexidepth:
+        digest = hashlib.sha256()  # other routers or adapters give other records
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                values = parameter.detach().cpu().contiguous().view(torch.uint8)
+                digest.update(values.numpy())
+        shared |= {"flexidepth": str(flexidepth), "sha256": digest.hexdigest(),
+                   "routing_layers": config.routing_layers}
+    return model, shared
 
-    for prompt in args.prompt or ([] if args.prompt_file or args.chat else EXAMPLES):
-        yield row(prompt)
-    for number, line in enumerate(file, 1):
+
+# ---- Prompts -------------------------------------------------------------------------------------
+def read_prompts(args: argparse.Namespace) -> list[dict]:
+    """{"messages": [...]}, with --raw {"text": ...}, and any task, of each prompt asked for, else
+    of the examples. ValueError, with its line, if one is unfit."""
+    prompts = [as_prompt({"prompt": prompt}, args.raw) for prompt in args.prompt or []]
+    if args.prompt_file:
+        for number, row in read_prompt_file(args.prompt_file):
+            try:
+                prompts.append(as_prompt(row, args.raw))
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise ValueError(f"{args.prompt_file}: line {number}: expected a prompt or "
+                                 f"messages that end with a user's: {error}") from None
+        if not prompts:
+            raise ValueError(f"{args.prompt_file}: no prompt in it")
+    return prompts or [as_prompt({"prompt": prompt}, args.raw) for prompt in EXAMPLES]
+
+
+def read_prompt_file(path: Path) -> list[tuple[int, dict]]:
+    """Line numbers and rows of a file: JSONL by its name or its first line, else lines of text."""
+    from train import open_lines, read_rows  # only here, as it takes a second to load
+
+    lines = [line.rstrip(b"\r\n") for line in open_lines(path)]
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    name = path.name.lower().removesuffix(".gz")
+    looks_like_json = first[:1] == b"{" or first == b"[" or first[:2] in (b"[{", b'["')
+    if looks_like_json or name.endswith((".json", ".jsonl", ".ndjson")):
+        return list(read_rows(path, lines))
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
-            line = line.decode("utf-8-sig").strip("\r\n")
-            if line.strip():
-                yield row(**json.loads(line)) if args.prompt_file.suffix == ".jsonl" else row(line)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            hint = "" if type(error) is ValueError else 'expected {"prompt": ...} or {"messages": [...]}; '
-            raise ValueError(f"{args.prompt_file}: line {number}: {hint}{error}") from None
-    while args.chat:
-        if sys.stdin.isatty():
-            print("\nyou: ", end="", flush=True)
-        if not (line := sys.stdin.readline()):
-            return
-        if line.strip():
-            yield row(line.rstrip("\n"))
+            text = line.decode("utf-8-sig")
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number}: {error}") from None
+        if text.strip():
+            rows.append((number, {"prompt": text}))
+    return rows
 
-def answer(model: FlexiDepth, tokenizer: Tokenizer, ids: list[int], head: dict, write: Callable) -> dict:
-    """Generate from token ids: the record. write is called with each token and its depth as it comes."""
-    gates, kept, tokens, started = defaultdict(list), defaultdict(list), [], time.time()
 
-    def route(layer_index: int, gate: torch.Tensor) -> torch.Tensor:  # as "learned" does; and noted down
-        decision = gate > model.config.threshold
-        gates[layer_index] += gate[0].tolist()
-        kept[layer_index] += decision[0].tolist()
-        return decision
+def as_prompt(row: dict, raw: bool) -> dict:
+    """One prompt, as a record holds it. Of a conversation the last answer is left out: it is the
+    reference. ValueError if there is nothing to answer."""
+    task = {} if row.get("task") is None else {"task": str(row["task"])}
+    if raw:
+        text = row.get("prompt") or row["text"]
+        if not text.strip():
+            raise ValueError("an empty prompt")
+        return {"text": text} | task
+    if "prompt" in row:
+        messages = [{"role": "user", "content": row["prompt"]}]
+    else:
+        from train import read_messages
+        messages = read_messages(row)
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise ValueError("an empty prompt, or no message of a user at the end")
+    return {"messages": messages} | task
 
-    for token, depth in generate(model, torch.tensor([ids]), head["max_new_tokens"], head["temperature"],
-                                 head["top_p"], torch.Generator().manual_seed(head["seed"]),
-                                 tokenizer.stop_ids, "full" if head["route"] == "full" else route):
-        tokens.append(token)
-        write(token, depth)
-    seconds, plain = time.time() - started, head["num_hidden_layers"] - len(head["routing_layers"])
-    decisions = ["".join("01"[open] for open in row) for row in zip(*kept.values())]  # by position
-    scores = [[round(gate, 4) for gate in row] for row in zip(*gates.values())]
 
-    def part(ids: list[int], first: int) -> dict:  # first: the position whose depth is that of ids[0]
-        raw, here = map(tokenizer.encoding.decode_single_token_bytes, ids), slice(first, first + len(ids))
-        texts = [text if (text := r.decode(errors="replace")).encode() == r else [*r] for r in raw]
-        rows = decisions[here] or [""] * len(ids)
-        return {"ids": ids, "texts": texts, "layers": [plain + row.count("1") for row in rows],
-                "decisions": rows} | ({"gates": scores[here]} if head["gates"] else {})
-    return head | {"prompt": part(ids, 0), "answer": part(tokens, len(ids) - 1),
-                   "seconds": round(seconds, 4), "tokens_per_s": round(len(tokens) / seconds, 2)}
+def encode(tokenizer: Tokenizer, prompt: dict) -> list[int]:
+    if "text" in prompt:
+        marked = [name for name in tokenizer.special if name in prompt["text"]]
+        if marked:
+            print(f"sample.py: warning: {marked[0]} in the prompt is read as plain text; without "
+                  "--raw prompts get the model's own chat format", file=sys.stderr)
+        return tokenizer.encode(prompt["text"], bos=True)
+    return tokenizer.encode_chat(prompt["messages"], add_generation_prompt=True)
 
-class DepthMap:
-    """Records, one a line. What the file holds already is read back first, and checked; then it grows."""
-    def __init__(self, path: Path):
-        self.path, self.number, self.writer = path, 0, open(path, "ab", buffering=0)
-        self.reader = open(path, "rb") if path.is_file() else io.BytesIO()
 
-    def read(self, head: dict) -> dict | None:
-        """The record of this head, or None where the file ends. ValueError if another stands there."""
-        line, self.number = self.reader.readline(), self.number + 1
-        if not line.endswith(b"\n") and b'{"version": 1, '.startswith(line[:15]):
-            if line:  # half a record: the run was stopped as it wrote
-                self.writer.truncate(self.reader.tell() - len(line))
-            self.reader = io.BytesIO()
-            return None
-        try:
-            record = json.loads(line)
-            other = next((key for key in head if record.get(key) != head[key]), None)
-        except (ValueError, AttributeError):
-            other = "form"
-        if other:
-            raise ValueError(f"{self.path}: line {self.number} is of another run, its {other} differs")
+# ---- Records -------------------------------------------------------------------------------------
+def make_records(model: FlexiDepth, tokenizer: Tokenizer, heads: list[dict],
+                 prompts: list[list[int]], write: Callable) -> list[dict]:
+    """Generate from prompts of one length: a record each, its head first. `write` is called with
+    the tokens and depths of all rows, (B,) each, as they come."""
+    head = heads[0]
+    T = len(prompts[0])
+    gates = defaultdict(list)
+    decisions = defaultdict(list)
+
+    def route(layer_index: int, gate: torch.Tensor) -> torch.Tensor:  # as "learned", and noted
+        kept = gate > model.config.threshold
+        gates[layer_index].append(gate)
+        decisions[layer_index].append(kept)
+        return kept
+
+    started = time.time()
+    answers = [[] for _ in prompts]
+    ended = set()
+    for tokens, depths in generate(
+            model, torch.tensor(prompts), head["max_new_tokens"], head["temperature"],
+            head["top_p"], [torch.Generator().manual_seed(each["seed"]) for each in heads],
+            tokenizer.stop_ids, "full" if head["route"] == "full" else route):
+        write(tokens, depths)
+        for row, token in enumerate(tokens.tolist()):
+            if row not in ended:
+                answers[row].append(token)
+                if token in tokenizer.stop_ids:
+                    ended.add(row)
+    seconds = time.time() - started
+
+    def by_position(noted: dict[int, list[torch.Tensor]]) -> list:
+        """Lists (B, positions, R) of what the route saw, layer by layer, (B, T) each."""
+        if not noted:  # --route full
+            return torch.empty(len(prompts), T + head["max_new_tokens"], 0).tolist()
+        return torch.stack([torch.cat(parts, 1) for parts in noted.values()], -1).tolist()
+
+    scores = by_position(gates)
+    kept = by_position(decisions)
+    plain = head["num_hidden_layers"] - len(head["routing_layers"])
+
+    def part(row: int, ids: list[int], first: int) -> dict:
+        """first: the position whose depth is that of ids[0]."""
+        here = slice(first, first + len(ids))
+        texts = [tokenizer.token_bytes(token) for token in ids]
+        record = {
+            "ids": ids,
+            "texts": [text_or_bytes(text) for text in texts],
+            "layers": [plain + sum(position) for position in kept[row][here]],
+            "decisions": ["".join("01"[k] for k in position) for position in kept[row][here]]}
+        if head["gates"]:
+            record["gates"] = [[round(g, 4) for g in position] for position in scores[row][here]]
         return record
 
-    def append(self, record: dict) -> None:
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    return [head | {"prompt": part(row, prompt, 0), "answer": part(row, answer, T - 1),
+                    "seconds": round(seconds, 4), "tokens_per_s": round(len(answer) / seconds, 2)}
+            for row, (head, prompt, answer) in enumerate(zip(heads, prompts, answers))]
+
+
+def text_or_bytes(token: bytes) -> str | list[int]:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return list(token)
+
+
+def resume_depth_map(file: Path, heads: list[dict]) -> list[dict]:
+    """The records that the file holds already. Half a record at its end, from a run that was
+    stopped, is removed. ValueError if the file is of another run, or no depth map."""
+    if not file.is_file():
+        return []
+    *lines, rest = file.read_bytes().split(b"\n")
+    by_seed = {head["seed"]: head for head in heads}
+    records = []
+    for number, line in enumerate(lines, 1):
         try:
-            while line:
-                line = line[self.writer.write(line):]
-        except OSError as error:  # half a record may be there: it goes when the run goes on
-            raise OSError(f"{self.path}: {error.strerror}; its whole records stay") from None
+            record = json.loads(line)
+            head = by_seed[record["seed"]]
+            different = [key for key in head if record.get(key) != head[key]]
+        except (ValueError, KeyError, TypeError):
+            different = ["form"]
+        if different:
+            raise ValueError(f"{file}: line {number} is of another run: its {different[0]} "
+                             "differs; give a new --depth-map")
+        records.append(record)
+    if rest:
+        begins = [json.dumps(head)[:-1].encode() for head in heads]
+        if not any(begin.startswith(rest) or rest.startswith(begin) for begin in begins):
+            raise ValueError(f"{file}: not a depth map of this run; give a new --depth-map")
+        os.truncate(file, file.stat().st_size - len(rest))
+    return records
 
-# ---- What the depth says -------------------------------------------------------------------------
-def kind(text: str | list[int], before: str | list[int]) -> str:
-    """The kind of a token, given the one before it."""
-    if isinstance(text, list):
-        return "part of a character"
-    if text.isspace() or text.strip().isdigit():
-        return "white space" if text.isspace() else "digits"
-    if re.fullmatch(r"<\|\w+\|>", text):
-        return "special"
-    if not any(map(str.isalnum, text)):
-        return "punctuation"
-    return "rest of a word" if text[0].isalpha() and str(before)[-1:].isalpha() else "start of a word"
 
-class Statistics:
-    """Sums over all records, answers and prompts apart; they take no more room as records come."""
-    def __init__(self):
-        self.tokens, self.layers, self.full, self.both = Counter(), Counter(), Counter(), Counter()
-
-    def add(self, record: dict) -> None:
-        seen, before = set(), ("", None)
-        for name in ("prompt", "answer"):
-            for text, token, depth in zip(*(record[name][key] for key in ("texts", "ids", "layers"))):
-                groups = [(0, kind(text, before[0]))]  # by number they stand in the table
-                groups += [(1, "repeats earlier context")] if (before[1], token) in seen else []
-                groups += [(2, f"task {record['task']}")] if "task" in record else []
-                groups += [(3, f"{depth} layers"), (4, "all tokens")]
-                for group in groups:
-                    self.tokens[name, group] += 1
-                    self.layers[name, group] += depth
-                    self.full[name, group] += depth == record["num_hidden_layers"]
-                seen.add((before[1], token))
-                before = text, token
-        if full := record.get("full"):
-            ids, theirs = record["answer"]["ids"], full["ids"]
-            self.both.update(answers=1, same=int(ids == theirs), tokens=len(ids), full_tokens=len(theirs),
-                             seconds=record["seconds"], full_seconds=full["seconds"])
-
-    def rows(self) -> Iterator[list[str]]:
-        """The table: kinds of token, tasks, depths, all; kinds and tasks from few layers to many."""
-        columns = "tokens", "share", "layers", "full depth"
-        yield ["", f"answer: {columns[0]}", *columns[1:], f"prompt: {columns[0]}", *columns[1:]]
-        def order(group: tuple[int, str]) -> tuple:
-            key = ("answer" if self.tokens["answer", group] else "prompt"), group
-            return group[0], self.layers[key] / self.tokens[key], group
-        for group in sorted({group for _, group in self.tokens}, key=order):
-            cells = [" ".join(printable(group[1]).split())]
-            for name in ("answer", "prompt"):
-                n, layers, full = (count[name, group] for count in (self.tokens, self.layers, self.full))
-                share = n / max(1, self.tokens[name, (4, "all tokens")])
-                cells += [f"{n:,}", f"{share:.1%}", f"{layers / n:.2f}", f"{full / n:.1%}"] if n else [""] * 4
-            yield cells
-
-# ---- Views: terminal and page --------------------------------------------------------------------
+# ---- The terminal --------------------------------------------------------------------------------
 def printable(text: str) -> str:
-    """Text that can't steer the terminal: control and format characters but newline and tab escaped."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else
-                   c.encode("unicode_escape").decode() for c in text)
+    """Text that can't steer the terminal: UNSAFE characters are escaped."""
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
-def cells(part: dict) -> Iterator[tuple[str, str, str]]:
-    """Of each token: itself in quotes and on one line, its layers, its routed layers kept (#) or skipped."""
-    for text, depth, decisions in zip(part["texts"], part["layers"], part["decisions"]):
-        token = repr(text if isinstance(text, str) else bytes(text))
-        yield token, str(depth), decisions.replace("1", "#").replace("0", ".")
-
-def align(rows: list) -> Iterator[str]:
-    """Lines of a table, its first column to the left. Wide characters take two places, combining ones 0."""
-    def size(text: str) -> int:
-        return sum((unicodedata.east_asian_width(c) in "WF") + (unicodedata.category(c) not in ("Mn", "Me"))
-                   for c in text)
-    widths = [max(map(size, column)) for column in zip(*rows)]
-    for first, *row in rows:
-        yield "  ".join([first + " " * (widths[0] - size(first)), *map(str.rjust, row, widths[1:])]).rstrip()
 
 class Printer:
-    """Writes tokens as they come: coloured by depth or, in plain text, each with its depth behind it."""
-    def __init__(self, tokenizer: Tokenizer, config: Config, show_depth: bool):
-        self.tokenizer, self.show_depth, self.layers = tokenizer, show_depth, config.num_hidden_layers
-        self.least = self.layers - len(config.routing_layers)
+    """Writes tokens as they come: coloured by depth or, in plain text, each with its depth."""
+    def __init__(self, tokenizer: Tokenizer, shared: dict, show_depth: bool):
+        self.tokenizer = tokenizer
+        self.show_depth = show_depth
+        self.layers = shared["num_hidden_layers"]
+        self.least = self.layers - len(shared["routing_layers"])
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
+        self.start()
+
+    def start(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
 
     def shade(self, text: str, depth: int) -> str:
         share = (depth - self.least) / max(1, self.layers - self.least)
-        paper = f"5;{SHADES[int(share * (len(SHADES) - 1))]}"
-        if os.environ.get("COLORTERM") in ("truecolor", "24bit"):
-            paper = "2;" + ";".join(f"{a + (b - a) * share:.0f}" for a, b in zip(PALE, DEEP))
-        return f"\033[48;{paper};38;5;{16 if share < 0.6 else 231}m{text}\033[0m" if text else ""
-
-    def write(self, token: int, depth: int) -> None:
-        """Print what a token adds to the text."""
-        if token in self.tokenizer.stop_ids:
-            text = self.tokenizer.decode([token]) if self.show_depth else ""
-        else:
-            text = printable(self.decoder.decode(self.tokenizer.encoding.decode_single_token_bytes(token)))
-        if self.show_depth and self.colour:  # not over a line's end, or the rest of the line is painted too
-            text = "\n".join(self.shade(line, depth) for line in text.split("\n"))
-        print(text, end=f"[{depth}]" if self.show_depth and not self.colour else "", flush=True)
+        colour = SHADES[int(share * (len(SHADES) - 1))]
+        ink = 16 if share < 0.6 else 231
+        return f"\033[48;5;{colour};38;5;{ink}m{text}\033[0m" if text else ""
 
     def legend(self) -> str:
         if not self.colour:
             return f"layers used: the number behind each token, {self.least} to {self.layers}"
-        return "layers used: " + " ".join(self.shade(f" {d} ", d) for d in range(self.least, self.layers + 1))
+        depths = range(self.least, self.layers + 1)
+        return "layers used: " + " ".join(self.shade(f" {depth} ", depth) for depth in depths)
 
-    def end(self, record: dict, table: bool) -> None:
-        """Print what follows an answer: the rest of its text, table, means, how all layers compare."""
-        part = record["answer"]
-        print(self.decoder.decode(b"", final=True))  # U+FFFD, if it ends within a character
-        if table:
-            print(*align([("token", "layers", "routed"), *cells(part)]), sep="\n")
+    def write(self, token: int, depth: int) -> None:
+        """Print what a token adds to the text."""
+        text = printable(self.decoder.decode(self.tokenizer.token_bytes(token)))
+        if token in self.tokenizer.stop_ids and not self.show_depth:
+            text = ""
+        if self.show_depth and self.colour:  # a line's end is not shaded: it would paint the line
+            text = "\n".join(self.shade(line, depth) for line in text.split("\n"))
+        print(text, end=f"[{depth}]" if self.show_depth and not self.colour else "", flush=True)
+
+    def end(self, record: dict) -> None:
+        """Print the rest of an answer, and its mean depth."""
+        print(printable(self.decoder.decode(b"", final=True)))  # U+FFFD for half a character
+        depths = record["answer"]["layers"]
         if self.show_depth:
-            mean = sum(part["layers"]) / len(part["layers"])
-            print(f"({len(part['ids'])} tokens, {mean:.2f} of {self.layers} layers on average, "
-                  f"{record['tokens_per_s']:.0f} tokens/s)")
-        if "full" in record:
-            full, same = record["full"], len(os.path.commonprefix([part["ids"], record["full"]["ids"]]))
-            says = "the same tokens" if part["ids"] == full["ids"] else f"others from token {same + 1} on"
-            print(f"(all layers: {says}, {len(full['ids']) / full['seconds']:.0f} tokens/s beside "
-                  f"{record['tokens_per_s']:.0f})")
+            print(f"({len(depths)} tokens, {sum(depths) / len(depths):.2f} of {self.layers} layers "
+                  f"on average, {record['tokens_per_s']:.0f} tokens/s)")
 
-STYLE = """:root{color-scheme:light dark}
-body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem 8rem}
-h2{font-size:1rem;border-top:1px solid #8886;padding-top:1rem}small{color:GrayText}
-pre{font:inherit;line-height:1.9;white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0}
-b{font-weight:400;padding:.2em .5em}span{padding:.15em 0;border-right:1px solid Canvas}
-span:hover,span:focus{outline:2px solid #e69f00}span:hover:after,span:focus:after{content:attr(data-t);
-position:fixed;left:1rem;bottom:1rem;max-width:90vw;white-space:pre-wrap;font:13px/1.5 monospace;
-background:#1b1f24;color:#fff;padding:.6rem}
-.map{font:14px/14px monospace;white-space:pre;overflow-x:auto;color:#3274c7;margin:1rem 0}
-td{padding:.1rem .5rem;text-align:right;white-space:nowrap}td:first-child{text-align:left}
-progress{width:4rem}"""
-PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
-content="default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
-<title>Layers used by each token</title><style>{style}</style><h1>Layers used by each token</h1>
-<p>{title}<p>{legend} of {layers} layers. <a href="#all">All in figures</a>
-<p><small>A token of a prompt has the depth of the position that read it, one of an answer that of the
-position that predicted it. In a map each column is a position, and layers go upwards: █ kept, ░ skipped,
-▒ a plain layer. From the line on the answer is predicted.</small>
-<!----><h2 id="all">All in figures</h2><table>{table}</table></html>
+
+# ---- The page ------------------------------------------------------------------------------------
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Layers used by each token</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
+h2 { font-size: 1rem; border-top: 1px solid #8886; padding-top: 1rem }
+small { color: GrayText }
+pre { font: inherit; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere }
+span { padding: .15em 0; border-right: 1px solid Canvas;
+       background: rgb(40 120 240 / calc(.75 * var(--depth))) }
+span:hover { outline: 2px solid #e69f00 }
+.map { font: 14px/14px monospace; white-space: pre; overflow-x: auto; color: #3274c7 }
+</style>
+<h1>Layers used by each token</h1>
 """
+LEGEND = """<p><small>A token of a prompt has the depth of the position that read it, one of an
+answer that of the position that predicted it. In a map each column is a position, and layers go
+upwards: █ kept, ░ skipped, ▒ a plain layer. From the line on the answer is predicted.</small>
+"""
+
+
+def span(text: str, depth: int, least: int, layers: int, title: str) -> str:
+    share = (depth - least) / max(1, layers - least)
+    return f'<span style="--depth:{share:.2f}" title="{html.escape(title)}">{text}</span>'
+
 
 def draw(record: dict, number: int) -> str:
     """A record as HTML: its text shaded by depth, and below it the map, a line a layer."""
-    decoder, routed = codecs.getincrementaldecoder("utf-8")("replace"), record["routing_layers"]
-    prompt, reply, L = record["prompt"], record["answer"], record["num_hidden_layers"]
-    out = [f"<h2>{number}. {escape(record.get('task', ''))}</h2>"]
-    for name, part in (("prompt", prompt), ("answer", reply)):
-        n = len(part["ids"])
-        out += [f"<small>{name}: {n:,} tokens, {sum(part['layers']) / n:.2f} layers on average</small><pre>"]
-        gates = [f"\ngates {row}" for row in part.get("gates", ())] or [""] * n
-        for text, depth, gate, (token, _, ran) in zip(part["texts"], part["layers"], gates, cells(part)):
-            tip = f"{token}  {depth} of {L} layers\n{ran} of {routed}{gate}"
-            text = printable(decoder.decode(text.encode() if isinstance(text, str) else bytes(text))) or "·"
-            out += [f'<span class="d{depth}" tabindex="0" data-t="{escape(tip)}">',
-                    escape(text).replace("\n", "↵\n"), "</span>"]
-        out += ["</pre>"]
-    rows = zip(*prompt["decisions"], *reply["decisions"][1:])  # its first is the prompt's last position
-    rows, begin = dict(zip(routed, map("".join, rows))), len(prompt["ids"]) - 1
-    out += ['<pre class="map" tabindex="0">']
-    for layer in reversed(range(L)):
-        row = rows.get(layer, "+" * (begin + len(reply["ids"]))).translate(str.maketrans("1+0", "█▒░"))
-        out += [f"{layer:3} {row[:begin]}│{row[begin:]}\n"]
-    return "".join([*out, "</pre>"])
+    layers = record["num_hidden_layers"]
+    routed = record["routing_layers"]
+    least = layers - len(routed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    out = [f"<h2>{number}. {html.escape(printable(record.get('task', '')))}</h2>\n"]
+    for name in ("prompt", "answer"):
+        part = record[name]
+        mean = sum(part["layers"]) / len(part["layers"])
+        out.append(f"<small>{name}: {len(part['ids'])} tokens, {mean:.2f} layers on average"
+                   "</small>\n<pre>")
+        for i, (text, depth) in enumerate(zip(part["texts"], part["layers"])):
+            whole = text.encode() if isinstance(text, str) else bytes(text)
+            shown = html.escape(printable(decoder.decode(whole))).replace("\n", "↵\n") or "·"
+            title = f"{printable(repr(text))}: {depth} of {layers} layers"
+            if "gates" in part:
+                title += f"\ngates {part['gates'][i]}"
+            out.append(span(shown, depth, least, layers, title))
+        out.append("</pre>\n")
 
-def write_page(path: Path, head: dict, drawn: TextIO, statistics: Statistics) -> None:
-    """The page: the records as drawn, then the figures. To a temporary file, renamed when it is whole."""
-    L, R = head["num_hidden_layers"], len(head["routing_layers"])
-    temporary = path.with_name(f".{path.name}.part")
-    gates = f"routers and adapters of {head['flexidepth']}, threshold {head['threshold']}"
-    title = f"{head['model']}, {gates if R else 'all layers for every token'}"
-    style, legend, table = STYLE, "", ""
-    for depth in range(L - R, L + 1):  # more of one hue, over light and dark: black or white stays readable
-        style += f".d{depth}{{background:rgb(40 120 240/{0.75 * (depth - L + R) / max(1, R):.2f})}}"
-        legend += f'<b class="d{depth}">{depth}</b>'
-    for first, *row in statistics.rows():
-        for i in (1, 5):  # the shares
-            row[i] += f' <progress max="100" value="{row[i][:-1]}"></progress>' if "%" in row[i] else ""
-        table += f"<tr><td>{'<td>'.join([escape(first), *row])}"
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    start, end = PAGE.format(style=style, digest=digest, layers=L, title=escape(title), legend=legend,
-                             table=table).split("<!---->")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
-            file.write(start)
-            drawn.seek(0)
-            shutil.copyfileobj(drawn, file)
-            file.write(end)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # The last position of the prompt predicts the first token of the answer: it is there twice.
+    positions = record["prompt"]["decisions"] + record["answer"]["decisions"][1:]
+    begin = len(record["prompt"]["ids"]) - 1
+    out.append('<pre class="map">')
+    for layer in reversed(range(layers)):
+        row = "▒" * len(positions)
+        if layer in routed:
+            row = "".join("░█"[int(kept[routed.index(layer)])] for kept in positions)
+        out.append(f"{layer:3} {row[:begin]}│{row[begin:]}\n")
+    return "".join([*out, "</pre>\n"])
+
+
+def write_page(file: Path, shared: dict, records: list[dict]) -> None:
+    """The page of all records. It appears under its name only when it is complete."""
+    layers = shared["num_hidden_layers"]
+    least = layers - len(shared["routing_layers"])
+    depths = "".join(span(f"&nbsp;{depth}&nbsp;", depth, least, layers, "")
+                     for depth in range(least, layers + 1))
+    gates = "all layers for every token"
+    if shared["flexidepth"]:
+        gates = f"gates of {shared['flexidepth']}, threshold {shared['threshold']}"
+    title = html.escape(printable(f"{shared['model']}, {gates}"))
+    body = [draw(record, number) for number, record in enumerate(records, 1)]
+    head = f"<p>{title}<p>{depths} of {layers} layers\n"
+    page = "".join([PAGE, head, LEGEND, *body, "</html>\n"])
+    temporary = file.with_name(f".{file.name}.part")
+    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    temporary.replace(file)
+
 
 # ---- All together --------------------------------------------------------------------------------
-def make_records(args: argparse.Namespace, model: FlexiDepth, tokenizer: Tokenizer,
-                 shared: dict) -> Iterator[dict]:
-    """The records of all prompts: those that --depth-map holds already, then new ones, made and printed."""
-    def encode(row: dict) -> list[int]:
-        ids = (tokenizer.encode(row["text"], bos=True) if args.raw else
-               tokenizer.encode_chat(row["messages"], add_generation_prompt=True))
-        if len(ids) > (context := model.config.max_position_embeddings):
-            raise ValueError(f"a prompt of {len(ids)} tokens; expected from 1 to {context}")
-        return ids
+def ask(question: str) -> str | None:
+    """A line from the terminal or a pipe, None at its end."""
+    if sys.stdin.isatty():
+        print(question, end="", flush=True)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
 
-    file = open(args.prompt_file, "rb") if args.prompt_file else io.BytesIO()
-    file = file if file.seekable() else io.BytesIO(file.read())  # read twice: its faults are found at once
-    total = 0 if args.chat else sum(1 for _ in read_prompts(args, file, encode))
-    if args.prompt_file and not (total or args.chat):
-        raise ValueError(f"{args.prompt_file}: no prompt in it")
-    file.seek(0)
-    depth_map, history, new = DepthMap(args.depth_map) if args.depth_map else None, [], 0
-    in_place, started = sys.stderr.isatty() and not args.print, (said := time.time())
-    for index, row in enumerate(read_prompts(args, file, encode)):
-        if args.chat and not args.raw:
-            row["messages"] = history + row["messages"]
-        head = shared | {"seed": args.seed + index} | row
-        record = depth_map.read(head) if depth_map else None
-        if record is None:
-            ids, new, printer = encode(row), new + 1, Printer(tokenizer, model.config, args.show_depth)
-            if args.print:
-                asked = row["text"] if args.raw else row["messages"][-1]["content"]
-                print(f"\n> {printable(asked.strip())}")
-            record = answer(model, tokenizer, ids, head, printer.write if args.print else lambda *_: None)
-            if args.route == "both":
-                full = answer(model, tokenizer, ids, head | {"route": "full"}, lambda *_: None)
-                record["full"] = {"ids": full["answer"]["ids"], "seconds": full["seconds"]}
-            if depth_map:
-                depth_map.append(record)
-            if args.print:
-                printer.end(record, args.table)
-            if total > 10 and (in_place or time.time() - said > 10):
-                said = time.time()
-                left = (said - started) / new * (total - index - 1)
-                print(f"{index + 1} of {total} prompts, {left:.0f} s left", file=sys.stderr, flush=True,
-                      end="\033[K\r" if in_place else "\n")
-        yield record
-        reply = tokenizer.decode(id for id in record["answer"]["ids"] if id not in tokenizer.stop_ids)
-        history = row.get("messages", []) + [{"role": "assistant", "content": reply}]
-
-def run(args: argparse.Namespace) -> None:
-    tokenizer, (model, shared), statistics = Tokenizer.from_pretrained(args.model), load(args), Statistics()
-    if args.show_depth:
-        print(Printer(tokenizer, model.config, True).legend())
-    stopped = None
-    with (tempfile.TemporaryFile("w+", encoding="utf-8", errors="xmlcharrefreplace", dir=args.html.parent)
-          if args.html else io.StringIO()) as drawn:
-        try:
-            for number, record in enumerate(make_records(args, model, tokenizer, shared), 1):
-                statistics.add(record)
-                if args.html:
-                    drawn.write(draw(record, number))
-        except (KeyboardInterrupt, OSError, ValueError) as error:
-            stopped = error  # what there is so far is shown first
-        if args.html and statistics.tokens:
-            write_page(args.html, shared, drawn, statistics)
-    if args.summary and statistics.tokens:
-        print("", *align([*statistics.rows()]), sep="\n")
-    if both := statistics.both:
-        print(f"\n{both['same']} of {both['answers']} answers have the same tokens with all layers, at "
-              f"{both['full_tokens'] / both['full_seconds']:.0f} tokens/s beside "
-              f"{both['tokens'] / both['seconds']:.0f}")
-    if stopped:
-        raise stopped
 
 def main() -> None:
     args = parse_args()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it is None where it was closed
+    sys.stdout.reconfigure(errors="backslashreplace")
+    tokenizer = Tokenizer.from_pretrained(args.model)
+    prompts = [] if args.chat else read_prompts(args)
+    model, shared = load(args)
+    context = model.config.max_position_embeddings
+    printer = Printer(tokenizer, shared, args.show_depth)
+    # Answers appear in the terminal unless another view is all that is asked for.
+    printing = args.show_depth or args.chat or not (args.depth_map or args.html)
+    if args.show_depth:
+        print(printer.legend())
+
+    def run(heads: list[dict], ids: list[list[int]]) -> list[dict]:
+        """The records of prompts of one length; printed, and appended to the depth map."""
+        def write(tokens, depths):
+            if printing and len(heads) == 1:
+                printer.write(tokens.item(), depths.item())
+
+        if printing and len(heads) == 1:
+            print_question(heads[0])
+        made = make_records(model, tokenizer, heads, ids, write)
+        for record in made:
+            if printing and len(heads) > 1:
+                print_question(record)
+                for token, depth in zip(record["answer"]["ids"], record["answer"]["layers"]):
+                    printer.write(token, depth)
+            if printing:
+                printer.end(record)
+        if args.depth_map:
+            with open(args.depth_map, "ab") as file:
+                for record in made:
+                    file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        return made
+
+    def print_question(head: dict) -> None:
+        printer.start()
+        asked = head["text"] if args.raw else head["messages"][-1]["content"]
+        print(f"\n> {printable(asked.strip())}")
+
+    records = []
     try:
-        run(args)
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        try:
-            sys.stdout.flush()
-        except OSError:  # as of `| head`: nobody reads on, not even what is still to be flushed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        if args.chat:
+            messages = []
+            while (line := ask("\nyou: ")) is not None:
+                if not line.strip():
+                    continue
+                before = list(messages)
+                messages.append({"role": "user", "content": line})
+                room = context - min(args.max_new_tokens, context // 4)
+                while len(messages) > 1 and len(encode(tokenizer, {"messages": messages})) > room:
+                    del messages[:2]
+                ids = encode(tokenizer, {"messages": messages})
+                if len(ids) > context:
+                    print(f"(not sent: it has {len(ids)} tokens, and the context {context})")
+                    messages = before
+                    continue
+                if len(messages) <= len(before):
+                    print("(the context is full: the oldest turns are dropped)")
+                head = shared | {"seed": args.seed + len(records), "messages": list(messages)}
+                records += run([head], [ids])
+                answer = [i for i in records[-1]["answer"]["ids"] if i not in tokenizer.stop_ids]
+                messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+        else:
+            heads = [shared | {"seed": args.seed + i} | row for i, row in enumerate(prompts)]
+            encoded = [encode(tokenizer, row) for row in prompts]
+            for i, ids in enumerate(encoded):
+                if not 0 < len(ids) <= context:
+                    raise ValueError(
+                        f"prompt {i + 1} has {len(ids)} tokens; expected 1 to {context}")
+            if args.depth_map:
+                records = resume_depth_map(args.depth_map, heads)
+            done = {record["seed"] for record in records}
+            groups = defaultdict(list)  # prompts of one length need no padding
+            for head, ids in zip(heads, encoded):
+                if head["seed"] not in done:
+                    groups[len(ids) if args.prompt_file else head["seed"]].append((head, ids))
+            for group in groups.values():
+                for i in range(0, len(group), args.batch_size):
+                    records += run(*map(list, zip(*group[i:i + args.batch_size])))
+    finally:
+        if args.html and records:
+            records.sort(key=lambda record: record["seed"])
+            write_page(args.html, shared, records)
+
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # as of `| head`: nobody reads on, not even what is left to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        sys.exit(f"sample.py: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)

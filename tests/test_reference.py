@@ -79,9 +79,10 @@ def reference_rule(layer_index, gate, position):
 @pytest.mark.parametrize("route", ["learned", "full", "rule"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_agrees_with_the_reference(shape, route):
-    """Any wrong equation: g or 1 - g dropped or misplaced, tanh before the router's norm, the
-    adapter's projections swapped, keys of skipped tokens lost, rotary pairs interleaved, query
-    heads on the wrong key/value head, a rule asked with the wrong layer index."""
+    """A wrong equation changes the logits. Examples are g or 1 - g dropped or misplaced, tanh
+    before the router's norm, the adapter's projections swapped, keys of skipped tokens lost,
+    rotary pairs interleaved, query heads on the wrong key/value head, or a rule that is asked
+    with the wrong layer index."""
     model, weights = build(**SHAPES[shape])
     ids = random_ids(1, 12)
     rules = (torch_rule, reference_rule) if route == "rule" else (route, route)
@@ -100,7 +101,7 @@ def test_agrees_with_the_reference(shape, route):
 
 
 def test_reference_in_float32():
-    """A step of the reference that slips into float64 where float32 was asked for."""
+    """A step of the reference may slip into float64 where float32 was asked for."""
     model, weights = build()
     ids = random_ids(10).tolist()
     single = reference.forward(weights, model.config, ids, dtype=np.float32)
@@ -111,7 +112,7 @@ def test_reference_in_float32():
 
 def test_llama3_rope_reaches_its_three_bands():
     """A scaling that treats the fast, the blended or the slow pairs wrongly goes unseen where the
-    model has no such pair: the shape "llama3_rope" must have all three."""
+    model has no such pair. The shape "llama3_rope" must have all three."""
     config = Config(**SHAPE | SHAPES["llama3_rope"])
     scaled = reference.rope_frequencies(config, 16)
     config.rope_scaling = None
@@ -120,8 +121,8 @@ def test_llama3_rope_reaches_its_three_bands():
 
 
 def test_rows_of_a_batch_do_not_meet():
-    """Rows keep unlike numbers of tokens: queries put into the wrong row or slot, or a mask that
-    lets a token see the future, another row or the padding after a shorter row."""
+    """Queries may be put into the wrong row or place, as rows keep unlike numbers of tokens, or a
+    mask may let a token see the future, another row or the padding after a shorter row."""
     model, weights = build()
     lengths = [11, 11, 5, 11]
     ids = random_ids(4, 11)
@@ -138,8 +139,8 @@ def test_rows_of_a_batch_do_not_meet():
 @pytest.mark.parametrize("kept_rows", [[False, False], [True, True], [False, True]],
                          ids=["none", "all", "unlike"])
 def test_all_or_nothing(kept_rows):
-    """No token or every token kept: an empty gather that crashes, or a padded slot of a row that
-    keeps nothing that reaches the result. With all gates open the mlp is still scaled by g."""
+    """An empty gather may crash where no token or every token is kept, or the zeros in the place
+    of a token that skips may reach the result. With all gates open g still scales the mlp."""
     model, weights = build()
     ids = random_ids(2, 7)
     actual = run(model, ids, route=lambda i, g: torch.tensor(kept_rows)[:, None].expand_as(g))
@@ -152,7 +153,8 @@ def test_all_or_nothing(kept_rows):
 
 @pytest.mark.parametrize("threshold, opens", [(0.5, False), (0.4999, True)])
 def test_a_gate_at_the_threshold_is_closed(threshold, opens):
-    """>= for >: a head of zeros makes every gate 0.5 exactly, which is not above 0.5."""
+    """The comparison may be >= where it must be >. A head of zeros makes every gate exactly 0.5,
+    which is not above 0.5."""
     model, weights = build(threshold=threshold)
     for layer in model.config.routing_layers:
         weights[f"model.layers.{layer}.router.router_head.weight"][:] = 0  # the model's own memory
@@ -164,8 +166,8 @@ def test_a_gate_at_the_threshold_is_closed(threshold, opens):
 
 @pytest.mark.parametrize("route", ["learned", "full"])
 def test_prefill_and_decode(route):
-    """Tokens fed through a cache, first some, then one, then some: positions or masks that start
-    again at 0, or skipped tokens whose keys and values never reached the cache."""
+    """Positions or masks may start again at 0 when tokens are fed through a cache, first some, then
+    one, then some, or the keys and values of skipped tokens may never reach the cache."""
     model, weights = build()
     ids = random_ids(2, 12)
     cache = KVCache(model.config, 2, 12)
@@ -179,8 +181,8 @@ def test_prefill_and_decode(route):
 
 
 def test_skip_loss():
-    """The square inside the sum over layers, the mean over layers instead of their sum, or padding
-    counted in the mean."""
+    """The square may stand inside the sum over layers, a mean over layers may stand for their sum,
+    or padding may count in the mean."""
     gates = torch.tensor([[[0.5, 0.25], [1.0, 0.0], [0.9, 0.9]]])
     mask = torch.tensor([[True, True, False]])
     # ((0.5 + 0.25)² + (1.0 + 0.0)²) / 2 = (0.5625 + 1) / 2
@@ -196,7 +198,8 @@ def test_skip_loss():
 
 
 def test_layers_used():
-    """Plain layers left out, skipped layers counted for open ones, or a sum over the wrong axis."""
+    """Plain layers may be left out, skipped layers counted for open ones, or the sum taken over the
+    wrong axis."""
     config = Config(**SHAPE)
     assert config.routing_layers == [2, 3]  # the latter half: 2 plain layers, 2 with gates
     kept = torch.tensor([[[True, True], [True, False], [False, False]]])

@@ -1,10 +1,9 @@
-"""Oracles: transformers for route="full", generation and chat, tokenizers for tokenizer.json.
+"""transformers as the oracle of route="full", of greedy text, and of SmolLM2's tokens and chats.
 
-Every model is a tiny random Llama that transformers saved and our real loader read. Ours and the
-oracle's sdpa run the same operations in the same order, so there the logits are the same bits. Its
-eager attention, with scores, mask and softmax written out, is the second opinion, to 1e-5.
+Every model but SmolLM2 is a tiny random Llama that transformers saved and our loader read. Ours and
+the oracle's sdpa run the same operations in the same order, so there the logits are the same bits.
+Its eager attention, with scores, mask and softmax written out, is the second opinion, to 1e-5.
 """
-import base64
 import json
 import random
 from pathlib import Path
@@ -14,8 +13,8 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from tokenizers import Tokenizer as Oracle  # noqa: E402
+from tokenizers import pre_tokenizers  # noqa: E402
 
 from flexidepth import FlexiDepth, KVCache, Tokenizer, generate  # noqa: E402
 
@@ -28,8 +27,9 @@ CASES = {
     "gqa": {}, "mha": {"num_key_value_heads": 4}, "head_dim": {"head_dim": 20},
     "llama3": {"rope_parameters": LLAMA3}, "tied": {"tie_word_embeddings": True},
 }
-ALL = CASES["head_dim"] | CASES["llama3"]  # and GQA, not tied: a tied random head repeats its input
-# More than 256 tokens: bfloat16 can count so far, and would hide positions that are rounded to it.
+# All of these but the tied head, because a tied head of random weights repeats its input.
+ALL = CASES["head_dim"] | CASES["llama3"]
+# bfloat16 counts exactly to 256. More tokens than that show positions that are rounded to it.
 INPUT_IDS = torch.randint(160, (2, 300), generator=torch.Generator().manual_seed(0))
 in_every_case = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 
@@ -43,7 +43,7 @@ def save_llama(folder: Path, shard_size: str = "1GB", **changes) -> transformers
         "rms_norm_eps": 1e-3, "initializer_range": 0.1, "rope_parameters": THETA,
         "bos_token_id": None, "eos_token_id": None} | changes))
     for parameter in model.parameters():
-        if parameter.ndim == 1:  # the norms, ones at first: a model that forgot them would pass
+        if parameter.ndim == 1:  # The norms start as ones, and a model without them would pass.
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model.eval()
@@ -58,14 +58,12 @@ def logits(model, **options) -> torch.Tensor:
     return model(INPUT_IDS, **options).logits
 
 
-# -------------------------------------------------------------------------------------------------
-# The model
-
+# ---- The model -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("shard_size", ["1GB", "40KB"])
 @in_every_case
 def test_logits(tmp_path, changes, shard_size):
-    """A shard that is not read; a head that is not tied, or tied where it has weights of its own;
-    head_dim taken for 48 / 4; key/value heads repeated as 0101 for 0011; a mask that is missing."""
+    """A shard may not be read, a head may be tied or not tied wrongly, head_dim may be taken for
+    48 / 4, key/value heads may be repeated as 0101 for 0011, or the mask may be missing."""
     model = save_llama(tmp_path, shard_size, **changes)
     model.set_attn_implementation("eager")
     assert (tmp_path / "model.safetensors").is_file() == (shard_size == "1GB")
@@ -76,21 +74,22 @@ def test_logits(tmp_path, changes, shard_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @in_every_case
 def test_same_bits(tmp_path, changes, dtype):
-    """An operation in another order or precision, such as an RMSNorm or a rotary table in bfloat16:
-    too small for 1e-5 or a greedy text to show, and enough to flip a gate near the threshold."""
+    """An operation may run in another order or precision, such as an RMSNorm or a rotary table in
+    bfloat16. Neither 1e-5 nor a greedy text shows it, and it can flip a gate near the threshold."""
     save_llama(tmp_path, **changes)
     expected = logits(oracle(tmp_path, dtype=dtype, attn_implementation="sdpa"))
     ours = FlexiDepth.from_pretrained(tmp_path, dtype=dtype)
     assert torch.equal(logits(ours, route="full"), expected)
-    # Cast after loading, too; in transformers .to() would also round the rotary frequencies.
+    # The same holds when it is cast after loading. In transformers .to() would also round the
+    # rotary frequencies.
     ours = FlexiDepth.from_pretrained(tmp_path).to(dtype)
     assert torch.equal(logits(ours, route="full"), expected)
 
 
 def test_bfloat16_error(tmp_path):
-    """A step that rounds more than it need. Against eager, which has other bits: both round after
-    every operation but those inside attention, so their errors are alike. Over these 96,000 logits
-    the root mean squares differed by at most 4 % in 30 models; hence a bound of 1.25."""
+    """A step may round more than it need. Eager attention has other bits than ours, but both round
+    after every operation outside attention, so their errors are alike. Over these 96,000 logits
+    the root mean squares differed by at most 4 % in 30 models, hence the bound of 1.25."""
     exact = logits(save_llama(tmp_path))
     ours = FlexiDepth.from_pretrained(tmp_path, dtype=torch.bfloat16)
     theirs = oracle(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
@@ -102,14 +101,15 @@ def test_bfloat16_error(tmp_path):
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_type", "type"])
 @pytest.mark.parametrize("rope", [THETA, LLAMA3], ids=["default", "llama3"])
 def test_rope_spellings(tmp_path, rope, spelling):
-    """A rope_theta or a scaling that is read in one spelling of config.json, ignored in another."""
+    """rope_theta or a scaling may be read in one spelling of config.json and ignored in another."""
     expected = logits(save_llama(tmp_path, rope_parameters=rope))
     config = json.loads((tmp_path / "config.json").read_text())
     saved = config.pop("rope_parameters")
     if spelling == "rope_parameters":
         config["rope_parameters"] = saved
     else:  # transformers 4
-        config["rope_theta"], kind = saved.pop("rope_theta"), saved.pop("rope_type")
+        config["rope_theta"] = saved.pop("rope_theta")
+        kind = saved.pop("rope_type")
         config["rope_scaling"] = None if kind == "default" else {spelling: kind} | saved
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours = logits(FlexiDepth.from_pretrained(tmp_path), route="full")
@@ -119,8 +119,8 @@ def test_rope_spellings(tmp_path, rope, spelling):
 
 
 def test_cached_logits(tmp_path):
-    """Positions that start again at 0 after the prompt, a mask aligned to the wrong end of the
-    keys, a cache that hands out its unused rest. Prefill, one token, two unlike chunks."""
+    """Positions may start again at 0 after the prompt, a mask may be aligned to the wrong end of
+    the keys, or the cache may hand out its unused rest."""
     expected = logits(save_llama(tmp_path, **ALL))
     model = FlexiDepth.from_pretrained(tmp_path)
     cache = KVCache(model.config, 2, 310)
@@ -131,16 +131,18 @@ def test_cached_logits(tmp_path):
 
 
 @pytest.mark.parametrize("file_name", ["config.json", "generation_config.json"])
-def test_greedy(tmp_path, file_name):
-    """A token fed back twice or at the wrong position; end tokens of which only the first counts,
-    or only one file's; an answer that lacks its end token; a depth that is not all the layers."""
-    model, prompt = save_llama(tmp_path, **ALL), torch.tensor([[3, 14, 15, 92, 65]])
+def test_greedy(tmp_path, write_ranks, file_name):
+    """A token may be fed back twice or at the wrong position, only the first of several end tokens
+    or only one file's may count, an answer may lack its end token, or a depth may not be that of
+    all layers."""
+    model = save_llama(tmp_path, **ALL)
+    prompt = torch.tensor([[3, 14, 15, 92, 65]])
     free = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, 5:].tolist()
-    assert len(set(free)) > 5  # else it loops, and shows little
+    assert len(set(free)) > 5  # A text that only repeats itself would show little.
     ours = list(generate(FlexiDepth.from_pretrained(tmp_path), prompt, 20, route="full"))
-    assert ours == [(token, 3) for token in free]
+    assert [(token.item(), depth.item()) for token, depth in ours] == [(t, 3) for t in free]
 
-    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    write_ranks(tmp_path)  # Its own end tokens have ids above those of the model.
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
     file = tmp_path / file_name
     settings = json.loads(file.read_text()) if file.is_file() else {}
@@ -149,99 +151,80 @@ def test_greedy(tmp_path, file_name):
     assert theirs == free[:free.index(free[8]) + 1]
     ours = generate(FlexiDepth.from_pretrained(tmp_path), prompt, 20, route="full",
                     stop_ids=Tokenizer.from_pretrained(tmp_path).stop_ids)
-    assert [token for token, _ in ours] == theirs
+    assert [token.item() for token, _ in ours] == theirs
 
 
-# -------------------------------------------------------------------------------------------------
-# The text. The patterns are written again, so that a slip in flexidepth.py is not its own oracle.
-
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-BEGIN, EOT = "<|begin_of_text|>", "<|eot_id|>"
-SPECIAL = [BEGIN, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", EOT]
+# ---- SmolLM2 -------------------------------------------------------------------------------------
 PIECES = [
-    "the", "The", "THEY", "we", "don", "it", "'s", "'LL", "'ve", "’s", "'", "'ſ", "_", "(", ".",
-    "...", "?!", "->", " ", "  ", "    ", "\t", "\n", "\n\n", "\r\n", " \n", "\u00a0", "\u3000",
-    "7", "42", "1234567", "3.14", "½", "٣", "é", "e\u0301", "straße", "Ж", "привет", "日本語", "한국",
-    "नमस्ते", "🙂", "👩\u200d👧", "\x00", "\ufffd",
+    "the", "The", "don", "'s", "'LL", "’s", "'", "_", "(", "...", "->", " ", "  ", "     ", "\t",
+    "\n", "\n\n", "\r\n", " \n", "\u00a0", "\u3000", "7", "42", "1234567", "3.14", "½", "٣", "²",
+    "é", "e\u0301", "straße", "Ж", "привет", "日本語", "한국", "नमस्ते", "🙂", "👩\u200d👧", "\x00",
+    "\ufffd", "def f(x):\n    return x ** 2\n", "for (i = 0; i < 10; i++) {", "https://a.b/c?d=1",
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>", "user\n",
 ]
-CHAT = (
-    BEGIN + "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>"
-    "\n\n{{ message.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
+CHATS = [
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 12 + 30 = "}],
+    [{"role": "system", "content": "A poet."}, {"role": "user", "content": "\n\nA rhyme?\n"},
+     {"role": "assistant", "content": "Time.\n\n"}, {"role": "user", "content": "été 🙂"}],
+    [{"role": "system", "content": ""}, {"role": "user", "content": ""}],
+]
 
 
-def texts(seed: int, count: int) -> list[str]:
-    rng = random.Random(seed)
-    return ["".join(rng.choices(PIECES + SPECIAL, k=rng.randint(1, 25))) for _ in range(count)]
+def random_texts(count: int) -> list[str]:
+    """Texts of PIECES, and texts of any characters but surrogates, which are not text."""
+    rng = random.Random(0)
+    texts = []
+    for _ in range(count):
+        texts.append("".join(rng.choices(PIECES, k=rng.randint(1, 30))))
+        points = [rng.randrange(rng.choice([0x80, 0x3000, 0xD800])) for _ in range(20)]
+        texts.append("".join(map(chr, points + [rng.randrange(0xE000, 0x110000)])))
+    return texts
 
 
-def make_tokenizer() -> Oracle:
-    """A byte-level BPE in Llama 3's layout, trained on made-up lines."""
-    tokenizer = Oracle(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts(0, 300), trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-def test_ids(tmp_path, name):
-    """A byte behind the wrong character, a pattern that differs (contractions in capitals, runs of
-    blanks, digits by threes), merges out of order, a special token's name read as that token."""
-    expected = make_tokenizer()
-    expected.save(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer.from_pretrained(tmp_path)
-    if name == "tokenizer.model":  # the same tokens in Meta's file
-        ranks = map(ours.encoding.decode_single_token_bytes, range(ours.special[BEGIN]))
-        lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
-        (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
-        (tmp_path / "tokenizer.json").unlink()
-        ours = Tokenizer.from_pretrained(tmp_path)
-    expected.encode_special_tokens = True  # their names in a text are text
-    for text in ["", *PIECES, *SPECIAL, *texts(1, 300), "the " * 500, "\n" * 300, "🙂" * 300]:
-        ids = ours.encode(text)
-        assert ids == expected.encode(text).ids, repr(text)
-        assert ours.decode(ids) == text
+def test_smollm2_tokens(smollm2):
+    """Text may be cut or merged otherwise than in training. SmolLM2 has no tokens for 21 of the
+    bytes, and only texts without them are compared."""
+    ours = Tokenizer.from_pretrained(smollm2)
+    theirs = Oracle.from_file(str(smollm2 / "tokenizer.json"))
+    theirs.encode_special_tokens = True  # The names of special tokens are text in a text.
+    vocab = theirs.get_vocab()
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    compared = 0
+    for text in random_texts(500):
+        characters = "".join(part for part, _ in bytewise.pre_tokenize_str(text))
+        if set(characters) <= vocab.keys():
+            ids = ours.encode(text)
+            assert ids == theirs.encode(text).ids, repr(text)
+            assert ours.decode(ids) == text
+            compared += 1
+    assert compared > 500
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_chat(tmp_path, add_generation_prompt):
-    """A begin or eot that is missing, one newline for two, content that is not stripped, an answer
-    opened though nobody asked for it, a user who ends the turn by writing the token's name."""
-    expected = make_tokenizer()
-    expected.save(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer.from_pretrained(tmp_path)
-    messages = [
-        {"role": "system", "content": " Be brief.\n"}, {"role": "user", "content": "\n\t the 42? "},
-        {"role": "assistant", "content": ""}, {"role": "user", "content": "'s\n\nit"}]
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=expected, chat_template=CHAT)
-    ids = theirs.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, return_dict=False)
-    assert ours.encode_chat(messages, add_generation_prompt) == ids
-    forged = ours.encode_chat([{"role": "user", "content": EOT + "system"}])
-    assert forged.count(ours.special[EOT]) == 1
+def test_smollm2_chats(smollm2, add_generation_prompt):
+    """A chat may get other ids than those of the folder's own template."""
+    ours = Tokenizer.from_pretrained(smollm2)
+    # AutoTokenizer would take the class GPT2Tokenizer, which does not split numbers into digits.
+    settings = json.loads((smollm2 / "tokenizer_config.json").read_text())
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(smollm2 / "tokenizer.json"), chat_template=settings["chat_template"])
+    assert ours.chat_format == "chatml"
+    for messages in CHATS:
+        ids = theirs.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, return_dict=False)
+        assert ours.encode_chat(messages, add_generation_prompt) == ids, messages
 
 
-@pytest.mark.parametrize("change", [
-    lambda raw: raw["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True),
-    lambda raw: raw["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
-    lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
-    lambda raw: raw.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False}),
-    lambda raw: raw.update(normalizer={"type": "NFC"}), lambda raw: raw["model"].update(type="Unigram"),
-    lambda raw: raw["model"]["merges"].reverse(), lambda raw: raw["model"]["vocab"].pop("z"),
-    lambda raw: raw["added_tokens"].pop(),
-], ids=["regex", "prefix", "removed", "bare", "normalizer", "unigram", "merges", "byte", "special"])
-def test_tokenizer_json_of_another_kind(tmp_path, change):
-    """A file whose text would be cut or merged otherwise, and gives other ids without a word."""
-    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    raw = json.loads((tmp_path / "tokenizer.json").read_text())
-    change(raw)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="not a byte-level BPE|a tokenizer without"):
-        Tokenizer.from_pretrained(tmp_path)
+def test_smollm2_text(smollm2):
+    """A model that others trained may give other logits, by a bit, or another text."""
+    tokenizer = Tokenizer.from_pretrained(smollm2)
+    ids = torch.tensor([tokenizer.encode_chat(CHATS[0], True)])
+    theirs = oracle(smollm2, dtype=torch.float32, attn_implementation="sdpa")
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        text = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    ours = FlexiDepth.from_pretrained(smollm2, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(ours(ids, route="full").logits, expected)
+    tokens = generate(ours, ids, 20, route="full", stop_ids=tokenizer.stop_ids)
+    assert [token.item() for token, _ in tokens] == text[0, ids.shape[1]:].tolist()
