@@ -1,0 +1,220 @@
+"""Layer skipping on a real language model: what gates of several prices cost and gain.
+
+    python tests/paper/smollm2.py --model smollm2 --valid valid.jsonl --gates out-1 out-2 out-3
+    python tests/paper/smollm2.py --readme     # only put the tables into tests/paper/README.md
+
+The folders of --gates are results of train.py on that model, and the figures go to smollm2.json:
+the held-out loss of FlexiDepth, and beside it that of random skipping and of dropping the last
+layers, at the same mean depth; depth by task and by kind of token; and the time of a decoded token
+with learned gates against all layers, taken in turn on real prompts.
+"""
+import argparse
+import json
+import sys
+import time
+from argparse import Namespace
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from flexidepth import FlexiDepth, Tokenizer, generate, layers_used  # noqa: E402
+from train import Rows, TokenLosses, evaluate, write_json  # noqa: E402
+
+from depth_by_kind import groups_of  # noqa: E402
+from reproduce import BareLayer, rate_of  # noqa: E402
+from tables import fill, markdown  # noqa: E402
+
+ROUNDS = 5        # of each prompt with learned gates and with all layers
+PROMPTS = 6       # that are timed
+NEW_TOKENS = 24   # decoded for each
+
+
+def load(args: argparse.Namespace, gates: str) -> FlexiDepth:
+    return FlexiDepth.from_pretrained(args.model, gates, dtype=torch.float32)
+
+
+def mean(table: dict, key: str) -> float:
+    """Mean over tasks."""
+    return fmean(line[key] for line in table.values())
+
+
+# ---- Quality -------------------------------------------------------------------------------------
+class WithRoute(TokenLosses):
+    """TokenLosses whose learned route is another one."""
+    def __init__(self, model: FlexiDepth, route):
+        super().__init__(model)
+        self.route = route
+
+    def forward(self, input_ids, targets, route="learned"):
+        return super().forward(input_ids, targets, self.route if route == "learned" else route)
+
+
+def table_at_random(args: argparse.Namespace, gates: str, rows: Rows, depth: float, bare: bool):
+    """The table with a coin for every token and layer in place of the gates' decisions. bare: also
+    without adapters and factors, so that a token that skips passes a layer unchanged."""
+    model = load(args, gates)
+    if bare:
+        for index in model.config.routing_layers:
+            model.model.layers[index].__class__ = BareLayer
+    rate = rate_of(depth, model.config)
+    generator = torch.Generator().manual_seed(0)
+
+    def coin(layer_index: int, gate: torch.Tensor) -> torch.Tensor:
+        return torch.rand(gate.shape, generator=generator) < rate
+
+    return evaluate(WithRoute(model, coin), rows, model.config, args)
+
+
+def loss_of_first_layers(args: argparse.Namespace, gates: str, rows: Rows, depth: float) -> float:
+    """Mean loss over tasks without the last layers. Some tokens get n layers and the others n + 1,
+    in shares that give the mean depth; the loss is the mean by these shares."""
+    losses = []
+    for n in (int(depth), int(depth) + 1):
+        model = load(args, gates)
+        model.model.layers = nn.ModuleList(model.model.layers[:n])
+        table = evaluate(WithRoute(model, "full"), rows, model.config, args)
+        losses.append(mean(table, "base_loss"))
+    share = depth - int(depth)
+    return (1 - share) * losses[0] + share * losses[1]
+
+
+# ---- Depth ---------------------------------------------------------------------------------------
+@torch.no_grad()
+def depth_by_kind(model: FlexiDepth, tokenizer: Tokenizer, rows: Rows) -> dict[str, dict]:
+    """Mean depth and count of the tokens of answers, by kind of token and by task. A token has the
+    depth of the position that predicted it."""
+    depths = defaultdict(list)
+    for row in (rows[i] for i in range(len(rows))):
+        _, _, kept = model.hidden_states(torch.from_numpy(row.ids[None, :-1]).long())
+        used = layers_used(kept[0], model.config).tolist()
+        begin = int(np.flatnonzero(row.counted)[0])
+        ids = row.ids.tolist()
+        record = {"task": row.task}
+        # The first position of a row is predicted by none.
+        for name, here in (("prompt", slice(0, begin)), ("answer", slice(begin, len(ids)))):
+            texts = [tokenizer.decode([token]) for token in ids[here]]
+            layers = ([0] + used)[here]
+            record[name] = {"ids": ids[here], "texts": texts, "layers": layers}
+        for name, group, depth in groups_of(record):
+            if name == "answer" and "layers" not in group:
+                depths[group].append(depth)
+    return {group: {"tokens": len(found), "layers": round(fmean(found), 3)}
+            for group, found in sorted(depths.items())}
+
+
+# ---- Time ----------------------------------------------------------------------------------------
+def bytes_of_token(model: FlexiDepth, depth: float, routed: bool) -> float:
+    """Bytes of the weights that a token of this mean depth uses, the head included."""
+    def size(module: nn.Module) -> int:
+        return sum(p.nbytes for p in module.parameters())
+
+    config = model.config
+    layer = model.model.layers[config.routing_layers[0]]
+    whole = size(layer) - size(layer.router) - size(layer.router_proj)
+    always = size(layer.self_attn.k_proj) + size(layer.self_attn.v_proj)
+    skipped = config.num_hidden_layers - depth
+    total = model.model.embed_tokens.weight.nbytes + depth * whole
+    if routed:
+        total += len(config.routing_layers) * size(layer.router)
+        total += skipped * (always + size(layer.router_proj))
+    return total
+
+
+def time_of_token(model: FlexiDepth, prompts: list[list[int]]) -> dict:
+    """CPU seconds of a decoded token with learned gates and with all layers, taken in turn; the
+    prompt and the first token are not counted. The gain is the median ratio of neighbours."""
+    seconds = {"full": [], "learned": []}
+    depths = []
+    for prompt in prompts:
+        for _ in range(ROUNDS):
+            for route in seconds:
+                tokens = generate(model, torch.tensor([prompt]), NEW_TOKENS, route=route)
+                next(tokens)
+                started = time.process_time()
+                found = [depth.item() for _, depth in tokens]
+                seconds[route].append((time.process_time() - started) / len(found))
+                if route == "learned":
+                    depths += found
+    gain = median(full / learned for full, learned in zip(seconds["full"], seconds["learned"]))
+    ideal = (bytes_of_token(model, model.config.num_hidden_layers, False)
+             / bytes_of_token(model, fmean(depths), True))
+    return {"gain": gain, "ideal": ideal, "layers": fmean(depths),
+            "seconds": {route: median(found) for route, found in seconds.items()}}
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+def make_tables(results: dict) -> dict[str, str]:
+    """Markdown by name, as in README.md."""
+    runs = results["runs"]
+    rows = []
+    for run in runs:
+        timed = run["time"]
+        rows.append([
+            f"{run['alpha']:g}", f"{run['layers']:.2f}", f"{run['skipped']:.1%}",
+            f"{run['loss']:.3f}", f"{run['loss'] / run['base_loss'] - 1:+.1%}", f"{run['same']:.1%}",
+            f"{run['coin_loss']:.3f}", f"{run['bare_loss']:.3f}", f"{run['first_loss']:.3f}",
+            f"{timed['gain']:.2f}", f"{timed['ideal']:.2f}"])
+    head = ["alpha", "layers used", "skipped", "loss", "over the base", "next tokens as the base",
+            "loss: coin for gate", "coin, no adapter", "last layers dropped",
+            "speed over all layers", "ideal by bytes"]
+    quality = markdown(head, rows)
+
+    groups = sorted(runs[0]["depth"], key=lambda group: runs[0]["depth"][group]["layers"])
+    rows = [[group, str(runs[0]["depth"][group]["tokens"]),
+             *(f"{run['depth'][group]['layers']:.2f}" for run in runs)] for group in groups]
+    kinds = markdown(["", "tokens", *(f"alpha {run['alpha']:g}" for run in runs)], rows)
+    return {"smollm2": quality, "smollm2_kinds": kinds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="folder of the base")
+    add("--valid", type=Path, help="held-out rows, JSONL")
+    add("--gates", nargs="+", help="results of train.py")
+    add("--seq-len", type=int, default=256, help="longer rows are left out (256)")
+    add("--readme", action="store_true", help="only put the tables into README.md")
+    args = parser.parse_args()
+    file = HERE / "smollm2.json"
+    if args.gates:
+        torch.set_num_threads(1)
+        args = Namespace(**vars(args), device="cpu", micro_batch_size=8, answers_only=True)
+        tokenizer = Tokenizer.from_pretrained(args.model)
+        rows = Rows(args.valid, Path(args.gates[0], "smollm2-valid.safetensors"), tokenizer, args)
+        runs = []
+        for gates in args.gates:
+            settings = json.loads(Path(gates, "train.json").read_text())["settings"]
+            model = load(args, gates)
+            table = evaluate(TokenLosses(model), rows, model.config, args)
+            depth = mean(table, "layers")
+            starts = [int(np.flatnonzero(rows[i].counted)[0]) for i in range(PROMPTS)]
+            prompts = [rows[i].ids[:start].tolist() for i, start in enumerate(starts)]
+            runs.append({
+                "alpha": settings["alpha"], "steps": settings["steps"], "layers": depth,
+                "skipped": 1 - depth / model.config.num_hidden_layers,
+                "base_loss": mean(table, "base_loss"), "loss": mean(table, "loss"),
+                "same": mean(table, "same"), "tasks": table,
+                "coin_loss": mean(table_at_random(args, gates, rows, depth, False), "loss"),
+                "bare_loss": mean(table_at_random(args, gates, rows, depth, True), "loss"),
+                "first_loss": loss_of_first_layers(args, gates, rows, depth),
+                "depth": depth_by_kind(model, tokenizer, rows),
+                "time": time_of_token(model, prompts)})
+            print(json.dumps({key: runs[-1][key] for key in ("alpha", "skipped", "loss", "time")}))
+            write_json(file, {"rows": len(rows), "runs": runs})
+    made = make_tables(json.loads(file.read_text()))
+    for name, table in made.items():
+        print(f"{name}\n\n{table}\n")
+    if args.readme:
+        readme = HERE / "README.md"
+        readme.write_text(fill(readme.read_text(), made))
+
+
+if __name__ == "__main__":
+    main()
