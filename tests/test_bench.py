@@ -1,0 +1,86 @@
+"""The benchmark counts what was executed. Its ideals are made of these counts, so they are held to
+counts by hand, on a small model."""
+import pytest
+import torch
+
+from bench import bench
+from flexidepth import Config, FlexiDepth
+
+D, KV, INNER, ROUTER, ADAPTER, VOCAB = 32, 16, 48, 2, 3, 40
+KEYS_VALUES = 2 * D * KV
+ROUTED = D * ROUTER + ROUTER * D + D       # enc, dec and head of a router, without its norm
+FULL = 2 * D * D + 3 * D * INNER           # queries, output and mlp
+SKIP = 3 * D * ADAPTER                     # the adapter
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Four layers, 2 and 3 routed by random gates. float32."""
+    torch.manual_seed(0)
+    config = Config(vocab_size=VOCAB, hidden_size=D, intermediate_size=INNER, num_hidden_layers=4,
+                    num_attention_heads=4, num_key_value_heads=2)
+    return FlexiDepth(config)
+
+
+@pytest.mark.parametrize("share, kept", [(0.0, 2), (0.5, 1), (1.0, 0)])
+def test_weights_read_for_a_token(model, share, kept):
+    """This catches weights that are read for nothing, and a counter that misses some: the ideals of
+    decoding are ratios of these bytes."""
+    found = bench.executed(model, torch.tensor([[1]]), bench.skipping(model.config, share))
+    layers = 4 * (2 * D + KEYS_VALUES) + 2 * FULL
+    routed = 2 * (ROUTED + ROUTER) + kept * FULL + (2 - kept) * SKIP
+    assert found.weight_bytes == 4 * (layers + routed + D + D * VOCAB)
+    assert found.layers == 2 + kept
+
+
+def test_weights_read_with_routing_bypassed(model):
+    """This catches routers and adapters that route="full" reads in vain."""
+    found = bench.executed(model, torch.tensor([[1]]), "full")
+    assert found.weight_bytes == 4 * (4 * (2 * D + KEYS_VALUES + FULL) + D + D * VOCAB)
+    assert found.layers == 4
+
+
+def test_products_of_a_prompt(model):
+    """This catches products that the counter misses, or attention counted for keys not seen: the
+    ideal of a prefill is a ratio of these FLOPs."""
+    T = 7
+    ids = torch.ones(1, T, dtype=torch.int64)
+
+    def flops(route):
+        return bench.executed(model, ids, route).flops
+
+    attention = 2 * 2 * D * T * (T + 1) / 2    # scores and values, of t + 1 keys at token t
+    plain = 2 * T * (KEYS_VALUES + FULL) + attention
+    head = 2 * D * VOCAB
+    assert flops("full") == 4 * plain + head
+
+    # Three of the seven tokens keep layers 2 and 3, whose attention is computed at all places.
+    first_three = torch.arange(T) < 3
+    routed = 2 * T * (KEYS_VALUES + ROUTED) + 2 * 3 * FULL + 2 * 4 * SKIP + attention
+    assert flops(lambda layer, gate: first_three) == 2 * plain + 2 * routed + head
+
+
+def test_skipped_layers_of_the_benchmark():
+    """This catches shares that are not what the table says. The 8B's 8 skipped layers of 32 are
+    half of those routed."""
+    config = Config(**bench.SHAPES["8B"])
+    gate = torch.ones(1, 1)
+    for share, skipped in ((0.0, 0), (0.25, 4), (0.5, 8), (0.75, 12), (1.0, 16)):
+        rule = bench.skipping(config, share)
+        assert sum(not rule(layer, gate).item() for layer in range(16, 32)) == skipped
+
+
+def test_all_rows_on_a_small_model(monkeypatch, capsys, tmp_path):
+    """This catches rows that no longer run after a change of the code that they measure."""
+    monkeypatch.setattr(bench, "TRANSFORMERS", False)
+    file = tmp_path / "bench.json"
+    threads = torch.get_num_threads()
+    try:
+        bench.main(["--model", str(bench.TINY), "--device", "cpu", "--rounds", "1", "--json",
+                    str(file), "--only", "b", "i", "k"])
+    finally:
+        torch.set_num_threads(threads)
+    table = capsys.readouterr().out
+    rows = {line.split()[1] for line in table.splitlines() if line.startswith("| ")}
+    assert rows == {"row", *"bcdeik"}
+    assert file.read_text().count('"ratio"') == table.count("\n| ") - 1
