@@ -53,6 +53,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -466,7 +467,7 @@ class FlexiDepth(nn.Module):
         if file.suffix != ".safetensors":
             file = file / "flexidepth.safetensors"
         trained = {name: p for name, p in self.named_parameters() if TRAINED.match(name)}
-        write_tensors(file, trained, {"threshold": str(self.config.threshold)})
+        save_trained(file, trained, self.config)
         return file
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -695,18 +696,27 @@ def common_dtype(tensors: dict[str, Tensor], config: dict) -> torch.dtype:
     return torch.float32 if embedding is None else embedding.dtype
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, which appears under its name only when it is complete. With a single
-    key of metadata, equal tensors make equal files."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A temporary name to write to. The file appears under its own name only when it is complete;
+    until then, and if anything fails, an older one stays."""
     temporary = file.with_name(f".{file.name}.part")
     try:
-        save_file({name: t.detach() for name, t in tensors.items()}, temporary, metadata)
+        yield temporary
         temporary.replace(file)
     except SafetensorError as error:  # such as a full disk
         raise OSError(f"{file}: not written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_trained(file: Path, trained: dict[str, Tensor], config: Config) -> None:
+    """The work of FlexiDepth.save_flexidepth, for tensors that are given."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as temporary:
+        # With a single key of metadata, equal tensors make equal files.
+        tensors = {name: t.detach() for name, t in trained.items()}
+        save_file(tensors, temporary, {"threshold": str(config.threshold)})
 
 
 def save_model(model: FlexiDepth, folder: Path) -> None:
@@ -731,7 +741,8 @@ def save_model(model: FlexiDepth, folder: Path) -> None:
             "threshold": model.config.threshold, "torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     tensors = {name: t.to(dtype) for name, t in model.state_dict().items()}
-    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    with whole_file(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
 
 
 # ---- Text ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from flexidepth import FlexiDepth, Tokenizer, generate
+from flexidepth import FlexiDepth, Tokenizer, generate, whole_file
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 EXAMPLES = ["Finish: the early bird", "Repeat: 47 12 85", "Copy 2 to 3: 31 58 64 90", "38 + 47 =",
@@ -403,9 +403,8 @@ def write_page(file: Path, shared: dict, records: list[dict]) -> None:
     body = [draw(record, number) for number, record in enumerate(records, 1)]
     head = f"<p>{title}<p>{depths} of {layers} layers\n"
     page = "".join([PAGE, head, LEGEND, *body, "</html>\n"])
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    temporary.replace(file)
+    with whole_file(file) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 # ---- All together --------------------------------------------------------------------------------

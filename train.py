@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import sys
 import time
 import zlib
@@ -51,8 +50,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from flexidepth import (
-    Config, FlexiDepth, Route, Tokenizer, find_folder, layers_used, read_json, skip_loss,
-    write_tensors)
+    Config, FlexiDepth, Route, Tokenizer, find_folder, layers_used, read_json, save_trained,
+    skip_loss, whole_file)
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 RECIPES = {
@@ -274,9 +273,8 @@ def write_rows(data: Path, file: Path, tokenizer: Tokenizer, args: argparse.Name
                "counted": torch.frombuffer(counted, dtype=torch.bool),
                "lengths": torch.tensor(lengths),
                "tasks": torch.tensor([names.index(task) for task in tasks])}
-    temporary = file.with_name(f".{file.name}.part")
-    save_file(tensors, temporary, {"tasks": json.dumps(names)})
-    temporary.replace(file)
+    with whole_file(file) as temporary:
+        save_file(tensors, temporary, {"tasks": json.dumps(names)})
 
 
 class Rows:
@@ -467,9 +465,8 @@ def save_checkpoint(file: Path, model, optimizer, step: int, fingerprint: dict) 
     """What --resume needs. The file takes the place of the last one only when it is complete."""
     state = get_state_dict(model, optimizer, options=FULL_STATE)  # all processes give their parts
     if RANK == 0:
-        temporary = file.with_name(f".{file.name}.part")
-        torch.save({"step": step, "fingerprint": fingerprint, "state": state}, temporary)
-        temporary.replace(file)
+        with whole_file(file) as temporary:
+            torch.save({"step": step, "fingerprint": fingerprint, "state": state}, temporary)
     if WORLD > 1:
         dist.barrier()
 
@@ -481,8 +478,7 @@ def load_checkpoint(file: Path, model, optimizer, fingerprint: dict) -> int:
         try:
             saved = torch.load(file, weights_only=True)
             theirs = dict(saved)["fingerprint"].items()
-        except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-                pickle.UnpicklingError) as error:
+        except Exception as error:  # another program's file may fail in any way
             raise ValueError(f"{file}: not a checkpoint of train.py ({str(error)[:60]}); remove "
                              "it to begin anew") from None
         for name, value in theirs:
@@ -500,9 +496,9 @@ def load_checkpoint(file: Path, model, optimizer, fingerprint: dict) -> int:
 
 
 def write_json(file: Path, content: dict) -> None:
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    with whole_file(file) as temporary:
+        text = json.dumps(content, indent=2, default=str)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -658,8 +654,7 @@ def main() -> None:
     # The result. The gates are written before the table is made, which may take long.
     state = get_model_state_dict(model, options=FULL_STATE)
     if RANK == 0:
-        metadata = {"threshold": str(config.threshold)}
-        write_tensors(args.out / "flexidepth.safetensors", state, metadata)
+        save_trained(args.out / "flexidepth.safetensors", state, config)
     table = evaluate(token_losses, held_out, config, args) if held_out else {}
     if table:
         print_table(table, config.num_hidden_layers)
