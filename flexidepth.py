@@ -13,8 +13,10 @@ token x that enters such a layer, with h = input_layernorm(x) and norm the layer
 
 A token with g = 0.4 skips. It still gets its norms, router, key, value and adapter, whose output is
 scaled by 0.6 and added. It needs no query, attention, output projection or mlp: that is the saving.
-Its key and value are needed: later tokens that run this layer attend to all tokens before them.
-In Llama-3-8B a token that skips a layer uses 22 million weights of it instead of 218 million.
+(Where some tokens of a prompt or batch run the layer and some skip it, attention itself is computed
+for all of them, because that is faster; the projections and the mlp are not.) Its key and value are
+needed: later tokens that run this layer attend to all tokens before them. In Llama-3-8B a token
+that skips a layer uses 22 million weights of it instead of 218 million.
 
 The routers and adapters are trained on L = L_lm + alpha * L_skip. L_lm is the language model's
 cross-entropy, L_skip the mean over tokens of (sum over the layers of the token's gates)², and
@@ -25,8 +27,9 @@ route="full" runs that.
 
 Another routing rule needs no change here: pass route=function(layer_index, gate) -> kept. The
 function replaces the comparison g > threshold and nothing else: a token that it keeps still has its
-mlp's output multiplied by g. It sees the gates (B, T) of the new tokens, but no positions, and
-returns a bool tensor that broadcasts to (B, T).
+mlp's output multiplied by g. It gets the index of the layer among all L, and the gates (B, T) of
+the new tokens in the base's dtype, but no positions. It returns a bool tensor that broadcasts to
+(B, T).
 
     model = FlexiDepth.from_pretrained("tests/tiny-llama", flexidepth="tests/tiny-llama")
     tokenizer = Tokenizer.from_pretrained("tests/tiny-llama")
@@ -330,15 +333,15 @@ class DecoderLayer(nn.Module):
             return self.full_path(x, 1.0, self.self_attn(h, k, v, rotation)), None, None
 
         # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.2 on, and
-        # have no gradient. Rounded to x's dtype, as g, it decides and multiplies, as in the
-        # released model.
+        # have no gradient. Rounded to x's dtype it decides and multiplies, as in the released
+        # model.
         gate = torch.sigmoid(self.router(h).float())                              # (B, T)
-        g = gate.to(x.dtype)
+        rounded = gate.to(x.dtype)
         if route == "learned":
-            kept = g > self.config.threshold
+            kept = rounded > self.config.threshold
         else:
-            kept = route(self.index, g).bool().expand_as(g)
-        g = g[..., None]                                                          # (B, T, 1)
+            kept = route(self.index, rounded).bool().expand_as(rounded)
+        g = rounded[..., None]                                                    # (B, T, 1)
 
         N = int(kept.sum())  # the only wait for the device; with N known, nothing below waits
         if not torch.is_grad_enabled():
@@ -351,6 +354,8 @@ class DecoderLayer(nn.Module):
 
         # Tokens are gathered by their path, and put back. With gradients both paths run even if no
         # token takes one of them: its gradients are then zeros and not None, which DDP needs.
+        # Sorting puts the places of kept tokens first, each group in order. nonzero() would give
+        # the same, but would wait for the device.
         places = kept.flatten().int().argsort(descending=True, stable=True)       # (B * T,)
         full = places[:N]
         skip = places[N:]
@@ -377,8 +382,8 @@ class FlexiDepth(nn.Module):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # where it was loaded from
-        # The weights are given to it because nn.Embedding's own random ones, on the meta device,
-        # make torch import a second's worth of modules.
+        # nn.Embedding gets weights, because to make its own on the meta device torch would import
+        # a second's worth of modules.
         words = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding.from_pretrained(words)
@@ -455,7 +460,8 @@ class FlexiDepth(nn.Module):
 
         The threshold is the one that was saved with them, else that of config.json, else 0.5; it
         may be changed as model.config.threshold. dtype: None is the checkpoint's, or if its tensors
-        differ config.json's. trained_dtype, of routers and adapters: None is the base's.
+        differ config.json's. trained_dtype, of routers and adapters: None is the base's; with
+        another the model has to run under autocast.
         FileNotFoundError or ValueError, with the file, if one is missing, broken or does not fit.
         """
         return load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dtype)
@@ -463,7 +469,7 @@ class FlexiDepth(nn.Module):
     def save_flexidepth(self, path: str | Path) -> Path:
         """Write routers, adapters and threshold to a .safetensors file, or into a folder, in their
         dtype. Returns the file. OSError if it can't be written; an older file then stays."""
-        file = Path(path)
+        file = Path(path).expanduser()
         if file.suffix != ".safetensors":
             file = file / "flexidepth.safetensors"
         trained = {name: p for name, p in self.named_parameters() if TRAINED.match(name)}
@@ -472,9 +478,9 @@ class FlexiDepth(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the whole model, in the base's dtype, as a folder in the released layout, which
-        from_pretrained reads: the weights in one file, config.json with the threshold, and the
+        from_pretrained reads: the weights and the threshold in one file, config.json, and the
         tokenizer's files of the folder it came from. ValueError if it is that same folder."""
-        save_model(self, Path(path))
+        save_model(self, Path(path).expanduser())
 
 
 def skip_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -501,7 +507,7 @@ def sample(logits: Tensor, temperature: float, top_p: float,
         raise ValueError(f"{len(generators)} generators for {len(logits)} rows")
     # On the CPU, so that a seed gives the same text from every device. In float64 and with their
     # maximum at 0, because a tiny temperature would divide float32 logits to infinity.
-    scores = logits.double().cpu()
+    scores = logits.cpu().double()
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature
     probs, ids = scores.softmax(-1).sort(descending=True)
     probs[probs.cumsum(-1) - probs >= top_p] = 0  # the likeliest token always stays
@@ -645,18 +651,19 @@ def load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dty
 
     # Which layers route, and how wide they are, is read from the tensors themselves.
     layers = sorted({int(TRAINED.match(name)[1]) for name in trained})
-    if layers and routing_layers is not None and sorted(routing_layers) != layers:
+    if layers and routing_layers is not None and sorted(set(routing_layers)) != layers:
         raise ValueError(f"routing_layers {routing_layers} asked for; trained are {layers}")
-    widths = {}
+    found = {}
     if layers:
-        first = f"model.layers.{layers[0]}"
-        for key, name in (("router_size", f"{first}.router.router_enc.weight"),
-                          ("adapter_size", f"{first}.router_proj.down_proj.weight")):
-            widths[key] = len(trained.get(name, ())) or None
+        part = f"model.layers.{layers[0]}"
+        for key, name in (("router_size", f"{part}.router.router_enc.weight"),
+                          ("adapter_size", f"{part}.router_proj.down_proj.weight")):
+            if name in trained:
+                found[key] = trained[name].shape[0]
     if "threshold" in metadata:
-        widths["threshold"] = float(metadata["threshold"])
+        found["threshold"] = float(metadata["threshold"])
     config = Config.from_json(
-        folder / "config.json", routing_layers=layers or routing_layers, **widths)
+        folder / "config.json", routing_layers=layers or routing_layers, **found)
     if config.tie_word_embeddings:  # either name will do; some checkpoints hold both
         head = base.pop("lm_head.weight", None)
         if head is not None:
@@ -738,11 +745,12 @@ def save_model(model: FlexiDepth, folder: Path) -> None:
                 shutil.copyfile(file, copy)
     raw.pop("dtype", None)  # transformers 5 writes this for torch_dtype
     raw |= {"model_type": "ddllama", "routing_layers": model.config.routing_layers,
-            "threshold": model.config.threshold, "torch_dtype": str(dtype).removeprefix("torch.")}
+            "torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     tensors = {name: t.to(dtype) for name, t in model.state_dict().items()}
     with whole_file(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+        save_file(tensors, temporary,
+                  {"format": "pt", "threshold": str(model.config.threshold)})
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -856,6 +864,10 @@ def read_tokenizer_json(file: Path) -> Vocabulary:
         merged = [vocab[left + right] for left, right in pairs if left in vocab and right in vocab]
         if len(merged) != len(pairs) or merged != sorted(merged):
             raise ValueError("its merges are not in the order of its ids")
+        # tiktoken takes any whole word that is a token, merged or not, as ignore_merges says.
+        unmerged = {i for token, i in vocab.items() if len(token) > 1} - set(merged)
+        if unmerged and not model.get("ignore_merges"):
+            raise ValueError(f"no merge makes {len(unmerged)} of its tokens")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{file}: not a byte-level BPE that is supported ({error!r})") from None
 
@@ -960,21 +972,16 @@ class Tokenizer:
     def encode_message(self, message: dict) -> tuple[list[int], list[bool]]:
         """Token ids of one message of a chat, {"role": ..., "content": ...}, and a list of bools,
         True at the content and at the token that ends the turn: what its author says."""
-        role = message["role"]
         content = message["content"]
-        header = self.encode_header(role)
+        opening, prefix = self.open_message(message["role"])
         if self.chat_format == "llama3":
-            prefix = "\n\n"
             content = content.strip()
-            opening = header[:-len(self.encode(prefix))]
             closing = [self.special["<|eot_id|>"]]
         else:
-            prefix = f"{role}\n"
-            opening = header[:1]
             closing = [self.special["<|im_end|>"], *self.encode("\n")]
 
-        # Prefix and content are one text to the template: a token may hold the end of the one and
-        # the beginning of the other.
+        # To the template, prefix and content are one text: one token may hold the end of the prefix
+        # and the beginning of the content.
         text = self.encode(prefix + content)
         said = [False] * len(opening)
         place = 0
@@ -984,13 +991,14 @@ class Tokenizer:
         said += [True] + [False] * (len(closing) - 1)
         return [*opening, *text, *closing], said
 
-    def encode_header(self, role: str) -> list[int]:
-        """Token ids that open a message. ValueError if the chat format is not known."""
+    def open_message(self, role: str) -> tuple[list[int], str]:
+        """Token ids that open a message, and the text between them and its content. ValueError if
+        the chat format is not known."""
         if self.chat_format == "llama3":
             return [self.special["<|start_header_id|>"], *self.encode(role),
-                    self.special["<|end_header_id|>"], *self.encode("\n\n")]
+                    self.special["<|end_header_id|>"]], "\n\n"
         if self.chat_format == "chatml":
-            return [self.special["<|im_start|>"], *self.encode(f"{role}\n")]
+            return [self.special["<|im_start|>"]], f"{role}\n"
         raise ValueError("this model's chat format is neither Llama 3's nor ChatML: it can only "
                          "continue plain text (sample.py --raw, rows of text for train.py)")
 
@@ -1002,7 +1010,8 @@ class Tokenizer:
         for message in messages:
             ids += self.encode_message(message)[0]
         if add_generation_prompt:
-            ids += self.encode_header("assistant")
+            opening, prefix = self.open_message("assistant")
+            ids += [*opening, *self.encode(prefix)]
         return ids
 
     def token_bytes(self, token: int) -> bytes:

@@ -49,15 +49,15 @@ def parse_args() -> argparse.Namespace:
     add("--chat", action="store_true", help="read messages from the terminal, and remember them")
     add("--raw", action="store_true", help="continue the prompt as plain text, no chat format")
     add("--show-depth", action="store_true", help="show how many layers each token used")
-    add("--depth-map", type=Path, help="append a record a line to this JSONL file; goes on with it")
+    add("--depth-map", type=Path, help="append one record a line to this JSONL file, or resume it")
     add("--html", type=Path, help="write a page: text shaded by depth, and maps of the layers")
     add("--gates", action="store_true", help="gate scores in the records, too")
     add("--route", choices=["learned", "full"], default="learned", help="full: the base model")
     add("--threshold", type=float, help="a gate is open above it (default: as trained, 0.5)")
-    add("--max-new-tokens", type=int, default=200, help="at most so many tokens an answer (200)")
+    add("--max-new-tokens", type=int, default=200, help="at most so many tokens in an answer (200)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest of this mass (1)")
-    add("--seed", type=int, default=0, help="of the first prompt's draws; the next has one more")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this sum (1)")
+    add("--seed", type=int, default=0, help="seed of the first prompt; prompt i has seed + i (0)")
     add("--batch-size", type=int, default=64, help="prompts of one length to run together (64)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
@@ -72,8 +72,10 @@ def parse_args() -> argparse.Namespace:
     if args.chat and args.depth_map and args.depth_map.is_file():
         parser.error(f"--depth-map {args.depth_map} is there; a chat needs a new file")
     for path in (args.depth_map, args.html):
-        if path and not path.parent.is_dir():
-            parser.error(f"{path}: there is no folder {path.parent}")
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"{path}: expected the name of a file, in a folder that is there")
+    if args.html and args.html == args.depth_map:
+        parser.error("--html and --depth-map name the same file")
     return args
 
 
@@ -119,8 +121,8 @@ def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
 
 # ---- Prompts -------------------------------------------------------------------------------------
 def read_prompts(args: argparse.Namespace) -> list[dict]:
-    """{"messages": [...]}, with --raw {"text": ...}, and any task, of each prompt asked for, else
-    of the examples. ValueError, with its line, if one is unfit."""
+    """One dict for each prompt, {"messages": [...]} or with --raw {"text": ...}, and any "task".
+    Where no prompt is given, they are the examples. ValueError names the line of an unfit one."""
     prompts = [as_prompt({"prompt": prompt}, args.raw) for prompt in args.prompt or []]
     if args.prompt_file:
         for number, row in read_prompt_file(args.prompt_file):
@@ -156,15 +158,15 @@ def read_prompt_file(path: Path) -> list[tuple[int, dict]]:
 
 
 def as_prompt(row: dict, raw: bool) -> dict:
-    """One prompt, as a record holds it. Of a conversation the last answer is left out: it is the
-    reference. ValueError if there is nothing to answer."""
+    """One prompt, as a record holds it. A conversation's last answer is the reference and is left
+    out. ValueError if there is nothing to answer."""
     task = {} if row.get("task") is None else {"task": str(row["task"])}
     if raw:
         text = row.get("prompt") or row["text"]
         if not text.strip():
             raise ValueError("an empty prompt")
         return {"text": text} | task
-    if "prompt" in row:
+    if row.get("prompt") is not None:
         messages = [{"role": "user", "content": row["prompt"]}]
     else:
         from train import read_messages
@@ -187,16 +189,18 @@ def encode(tokenizer: Tokenizer, prompt: dict) -> list[int]:
 
 
 # ---- Records -------------------------------------------------------------------------------------
+# The head of a record is what is known before anything is generated: settings, seed and prompt.
 def make_records(model: FlexiDepth, tokenizer: Tokenizer, heads: list[dict],
                  prompts: list[list[int]], write: Callable) -> list[dict]:
-    """Generate from prompts of one length: a record each, its head first. `write` is called with
+    """Generate from prompts of one length, and return a record for each. `write` is called with
     the tokens and depths of all rows, (B,) each, as they come."""
     head = heads[0]
     T = len(prompts[0])
     gates = defaultdict(list)
     decisions = defaultdict(list)
 
-    def route(layer_index: int, gate: torch.Tensor) -> torch.Tensor:  # as "learned", and noted
+    def record_route(layer_index: int, gate: torch.Tensor) -> torch.Tensor:
+        """Decides as route="learned" does, and keeps what it saw and decided."""
         kept = gate > model.config.threshold
         gates[layer_index].append(gate)
         decisions[layer_index].append(kept)
@@ -208,7 +212,7 @@ def make_records(model: FlexiDepth, tokenizer: Tokenizer, heads: list[dict],
     for tokens, depths in generate(
             model, torch.tensor(prompts), head["max_new_tokens"], head["temperature"],
             head["top_p"], [torch.Generator().manual_seed(each["seed"]) for each in heads],
-            tokenizer.stop_ids, "full" if head["route"] == "full" else route):
+            tokenizer.stop_ids, "full" if head["route"] == "full" else record_route):
         write(tokens, depths)
         for row, token in enumerate(tokens.tolist()):
             if row not in ended:
@@ -216,33 +220,40 @@ def make_records(model: FlexiDepth, tokenizer: Tokenizer, heads: list[dict],
                 if token in tokenizer.stop_ids:
                     ended.add(row)
     seconds = time.time() - started
+    positions = T - 1 + max(map(len, answers))
 
-    def by_position(noted: dict[int, list[torch.Tensor]]) -> list:
+    def by_position(seen: dict[int, list[torch.Tensor]]) -> list:
         """Lists (B, positions, R) of what the route saw, layer by layer, (B, T) each."""
-        if not noted:  # --route full
-            return torch.empty(len(prompts), T + head["max_new_tokens"], 0).tolist()
-        return torch.stack([torch.cat(parts, 1) for parts in noted.values()], -1).tolist()
+        if not seen:  # --route full
+            return torch.empty(len(prompts), positions, 0).tolist()
+        return torch.stack([torch.cat(parts, 1) for parts in seen.values()], -1).tolist()
 
     scores = by_position(gates)
     kept = by_position(decisions)
     plain = head["num_hidden_layers"] - len(head["routing_layers"])
 
-    def part(row: int, ids: list[int], first: int) -> dict:
-        """first: the position whose depth is that of ids[0]."""
-        here = slice(first, first + len(ids))
-        texts = [tokenizer.token_bytes(token) for token in ids]
+    def token_fields(row: int, ids: list[int], first_position: int) -> dict:
+        """The lists of a prompt or an answer. ids[i] has the depth of first_position + i."""
+        here = slice(first_position, first_position + len(ids))
         record = {
             "ids": ids,
-            "texts": [text_or_bytes(text) for text in texts],
+            "texts": [text_or_bytes(tokenizer.token_bytes(token)) for token in ids],
             "layers": [plain + sum(position) for position in kept[row][here]],
             "decisions": ["".join("01"[k] for k in position) for position in kept[row][here]]}
         if head["gates"]:
             record["gates"] = [[round(g, 4) for g in position] for position in scores[row][here]]
         return record
 
-    return [head | {"prompt": part(row, prompt, 0), "answer": part(row, answer, T - 1),
-                    "seconds": round(seconds, 4), "tokens_per_s": round(len(answer) / seconds, 2)}
-            for row, (head, prompt, answer) in enumerate(zip(heads, prompts, answers))]
+    records = []
+    for row, (head, prompt, answer) in enumerate(zip(heads, prompts, answers)):
+        records.append(head | {
+            # A prompt's token has the depth of the position that read it. Token i of the answer was
+            # predicted at position T - 1 + i, and has the depth of that one.
+            "prompt": token_fields(row, prompt, 0),
+            "answer": token_fields(row, answer, T - 1),
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(len(answer) / seconds, 2)})
+    return records
 
 
 def text_or_bytes(token: bytes) -> str | list[int]:
@@ -348,7 +359,8 @@ span:hover { outline: 2px solid #e69f00 }
 """
 LEGEND = """<p><small>A token of a prompt has the depth of the position that read it, one of an
 answer that of the position that predicted it. In a map each column is a position, and layers go
-upwards: █ kept, ░ skipped, ▒ a plain layer. From the line on the answer is predicted.</small>
+upwards: █ kept, ░ skipped, ▒ a plain layer. Right of the line, positions predict the answer.
+</small>
 """
 
 
@@ -378,7 +390,7 @@ def draw(record: dict, number: int) -> str:
             out.append(span(shown, depth, least, layers, title))
         out.append("</pre>\n")
 
-    # The last position of the prompt predicts the first token of the answer: it is there twice.
+    # The prompt's last position predicts the answer's first token. It is in both lists.
     positions = record["prompt"]["decisions"] + record["answer"]["decisions"][1:]
     begin = len(record["prompt"]["ids"]) - 1
     out.append('<pre class="map">')
@@ -396,10 +408,10 @@ def write_page(file: Path, shared: dict, records: list[dict]) -> None:
     least = layers - len(shared["routing_layers"])
     depths = "".join(span(f"&nbsp;{depth}&nbsp;", depth, least, layers, "")
                      for depth in range(least, layers + 1))
-    gates = "all layers for every token"
+    caption = "all layers for every token"
     if shared["flexidepth"]:
-        gates = f"gates of {shared['flexidepth']}, threshold {shared['threshold']}"
-    title = html.escape(printable(f"{shared['model']}, {gates}"))
+        caption = f"gates of {shared['flexidepth']}, threshold {shared['threshold']}"
+    title = html.escape(printable(f"{shared['model']}, {caption}"))
     body = [draw(record, number) for number, record in enumerate(records, 1)]
     head = f"<p>{title}<p>{depths} of {layers} layers\n"
     page = "".join([PAGE, head, LEGEND, *body, "</html>\n"])
@@ -464,22 +476,22 @@ def main() -> None:
             while (line := ask("\nyou: ")) is not None:
                 if not line.strip():
                     continue
-                before = list(messages)
-                messages.append({"role": "user", "content": line})
+                asked = [*messages, {"role": "user", "content": line}]
+                dropped = 0
                 room = context - min(args.max_new_tokens, context // 4)
-                while len(messages) > 1 and len(encode(tokenizer, {"messages": messages})) > room:
-                    del messages[:2]
-                ids = encode(tokenizer, {"messages": messages})
+                while len(asked) > 1 and len(encode(tokenizer, {"messages": asked})) > room:
+                    del asked[:2]
+                    dropped += 2
+                ids = encode(tokenizer, {"messages": asked})
                 if len(ids) > context:
                     print(f"(not sent: it has {len(ids)} tokens, and the context {context})")
-                    messages = before
                     continue
-                if len(messages) <= len(before):
-                    print("(the context is full: the oldest turns are dropped)")
-                head = shared | {"seed": args.seed + len(records), "messages": list(messages)}
+                if dropped:
+                    print(f"(the context is full: the oldest {dropped} messages are dropped)")
+                head = shared | {"seed": args.seed + len(records), "messages": asked}
                 records += run([head], [ids])
                 answer = [i for i in records[-1]["answer"]["ids"] if i not in tokenizer.stop_ids]
-                messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+                messages = [*asked, {"role": "assistant", "content": tokenizer.decode(answer)}]
         else:
             heads = [shared | {"seed": args.seed + i} | row for i, row in enumerate(prompts)]
             encoded = [encode(tokenizer, row) for row in prompts]
@@ -490,17 +502,21 @@ def main() -> None:
             if args.depth_map:
                 records = resume_depth_map(args.depth_map, heads)
             done = {record["seed"] for record in records}
-            groups = defaultdict(list)  # prompts of one length need no padding
+            # Prompts of a file run in batches of one length, which need no padding. Others run one
+            # by one, so that their answers appear token by token.
+            groups = defaultdict(list)
             for head, ids in zip(heads, encoded):
                 if head["seed"] not in done:
                     groups[len(ids) if args.prompt_file else head["seed"]].append((head, ids))
             for group in groups.values():
                 for i in range(0, len(group), args.batch_size):
-                    records += run(*map(list, zip(*group[i:i + args.batch_size])))
+                    batch = group[i:i + args.batch_size]
+                    records += run([head for head, _ in batch], [ids for _, ids in batch])
     finally:
         if args.html and records:
             records.sort(key=lambda record: record["seed"])
             write_page(args.html, shared, records)
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
@@ -509,6 +525,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # as of `| head`: nobody reads on, not even what is left to be flushed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        sys.exit(f"sample.py: {' '.join(str(error).split())}")
+        sys.exit(f"sample.py: {printable(' '.join(str(error).split()))}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -268,11 +268,12 @@ def write_rows(data: Path, file: Path, tokenizer: Tokenizer, args: argparse.Name
     if marked:
         say(f"{data}: warning: {marked} rows of text hold special tokens by name, such as chat "
             "markers. They are read as plain text; rows of messages get the model's own format.")
-    names = sorted(set(tasks))
+    names = list(dict.fromkeys(tasks))
+    numbers = {name: number for number, name in enumerate(names)}
     tensors = {"ids": torch.frombuffer(ids, dtype=torch.int32),
                "counted": torch.frombuffer(counted, dtype=torch.bool),
                "lengths": torch.tensor(lengths),
-               "tasks": torch.tensor([names.index(task) for task in tasks])}
+               "tasks": torch.tensor([numbers[task] for task in tasks])}
     with whole_file(file) as temporary:
         save_file(tensors, temporary, {"tasks": json.dumps(names)})
 
@@ -311,18 +312,19 @@ def plan_batches(lengths: np.ndarray, steps: int, args: argparse.Namespace) -> T
     group_size = math.gcd(GROUP, args.batch_size)
     used = len(lengths) // args.batch_size * args.batch_size
     lengths = torch.from_numpy(lengths)
-    epochs = [torch.empty(0, args.batch_size, dtype=torch.int64)]
-    while sum(map(len, epochs)) < steps:
+    batches = [torch.empty(0, args.batch_size, dtype=torch.int64)]
+    while sum(map(len, batches)) < steps:
         order = torch.randperm(len(lengths), generator=generator)[:used]
         for pool in order.split(POOL * args.batch_size):
             groups = pool[lengths[pool].argsort(stable=True)].view(-1, group_size)
             groups = groups[torch.randperm(len(groups), generator=generator)]
-            epochs.append(groups.view(-1, args.batch_size))
-    return torch.cat(epochs)[:steps]
+            batches.append(groups.view(-1, args.batch_size))
+    return torch.cat(batches)[:steps]
 
 
 def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, targets (-100 where no loss is due) and real (False at padding), (B, T) each.
+    """input_ids, targets (-100 where no loss is due) and real (False at padding), (B, T) each, for
+    the T positions that have a next token in the longest row.
     Padding stands at the end of a row, where no token that counts can attend to it."""
     ids = pad_sequence([torch.from_numpy(row.ids).long() for row in rows], batch_first=True)
     counted = pad_sequence([torch.from_numpy(row.counted) for row in rows], batch_first=True)
@@ -337,9 +339,10 @@ def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
 class TokenLosses(nn.Module):
     """A FlexiDepth model with its loss. DDP and FSDP wrap it as one module.
 
-    forward(input_ids (B, T), targets (B, T), -100 where no loss is due, route as of the model) ->
-    losses (N,), float32, and likeliest tokens (N,) at the N places where a loss is due;
-    gates and kept (B, T, R), as the model gives them."""
+    forward(input_ids (B, T), targets (B, T), -100 where no loss is due, route: "learned", "full" or
+    a function, as in flexidepth.py) -> losses (N,), float32, and likeliest tokens (N,) at the N
+    places where a loss is due; the gates (B, T, R) of the R routed layers, and kept (B, T, R), True
+    where a token runs the layer. The last two are None with route="full"."""
     def __init__(self, model: FlexiDepth):
         super().__init__()
         self.model = model
@@ -514,7 +517,8 @@ def main() -> None:
         backend = "nccl" if args.device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # tokenising may take long
 
-    # What --out may hold: nothing, or with --resume an unfinished run.
+    # A finished run in --out is never written over, and an unfinished one that has come to its
+    # first checkpoint only goes on.
     checkpoint_file = args.out / "checkpoint.pt"
     result_file = args.out / "train.json"
     if result_file.is_file():
@@ -552,7 +556,7 @@ def main() -> None:
     args.seq_len = min(args.seq_len, config.max_position_embeddings)
     rows = Rows(data, args.out / "tokens.safetensors", tokenizer, args)
     held_out = valid and Rows(valid, args.out / "tokens-valid.safetensors", tokenizer, args)
-    if len(rows) < args.batch_size:
+    if len(rows) < args.batch_size and args.steps != 0 and args.epochs > 0:
         raise ValueError(f"{data}: {len(rows)} rows to use, fewer than --batch-size "
                          f"{args.batch_size}")
     if args.steps is None:
@@ -563,14 +567,19 @@ def main() -> None:
     say(f"{args.model}: layers {config.routing_layers} of {config.num_hidden_layers} route, "
         f"{size:,} parameters to train, {len(rows)} rows")
 
-    # A checkpoint is taken only by the run that it is of: by what is trained on what, and how. The
-    # norms tell one base from another. How a batch is cut may change between stop and --resume.
-    names = {*RECIPES["paper"], "seed", "steps", "dtype"} - {"epochs", "micro_batch_size"}
-    fingerprint = {name: getattr(args, name) for name in sorted(names)} | {"model": asdict(config)}
-    fingerprint["data"] = hashlib.sha256(rows.ids.tobytes() + rows.counted.tobytes()).hexdigest()
-    fingerprint["norms"] = [p.detach().cpu().double().sum().item()
-                            for name, p in model.named_parameters()
-                            if "norm" in name and not p.requires_grad]
+    # A checkpoint is taken only by the run that it is of: by what is trained, on what, and how. How
+    # a batch is cut may change between a stop and --resume.
+    names = ("alpha", "open_warmup", "lr", "beta2", "clip", "batch_size", "seq_len",
+             "answers_only", "seed", "steps")
+    fingerprint = {name: getattr(args, name) for name in names} | {"model": asdict(config)}
+    fingerprint["dtype"] = str(model.model.embed_tokens.weight.dtype)
+    data_hash = hashlib.sha256()
+    for part in (rows.ids, rows.counted, rows.lengths):
+        data_hash.update(part)
+    fingerprint["data"] = data_hash.hexdigest()
+    # The beginnings of its tensors tell one base from another.
+    fingerprint["base"] = [p.detach().flatten()[:1000].cpu().double().sum().item()
+                           for p in model.parameters() if not p.requires_grad]
 
     token_losses = distribute(model, args)
     trained = [p for p in model.parameters() if p.requires_grad]  # FSDP has put new ones in place
@@ -593,21 +602,22 @@ def main() -> None:
         warm_up = min(1, step / (0.03 * steps))
         lr = args.lr * min(warm_up, (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
         optimizer.param_groups[0]["lr"] = lr
-        # A layer whose gates all begin below 0.5 would stay shut, as no token shows what it is good
-        # for. So at first all tokens may run all layers, and L_lm opens the gates.
+        # A layer that no token runs gets no gradient from L_lm that could open its gates. With
+        # --open-warmup all tokens run all layers at first, scaled by the gates, which then open.
         route = keep_all if step <= args.open_warmup * steps else "learned"
 
         batch = sorted([rows[i] for i in plan[step - 1]], key=lambda row: len(row.ids))
         size = args.micro_batch_size
         micro_batches = [batch[i:i + size] for i in range(0, len(batch), size)][RANK::WORLD]
         # Both losses are means over the tokens of the whole batch, so a micro-batch adds its sum
-        # over their number. The number is divided by WORLD, because DDP and FSDP average the
-        # gradients of the processes where a sum is wanted.
+        # over their number. Here that is the number for each process, because DDP and FSDP average
+        # the gradients of the processes where a sum is wanted.
         real_tokens = sum(len(row.ids) - 1 for row in batch) / WORLD
         counted_tokens = sum(np.count_nonzero(row.counted[1:]) for row in batch) / WORLD
         figures = torch.zeros(2 + len(config.routing_layers), device=args.device)
         for micro_batch in micro_batches:
-            # For DDP: the processes exchange gradients once a step, in the last backward pass.
+            # DDP then exchanges gradients once a step, in the last backward pass. FSDP does so in
+            # each of them, with the same sum.
             token_losses.require_backward_grad_sync = micro_batch is micro_batches[-1]
             input_ids, targets, real = collate(micro_batch, args.device)
             losses, _, gates, kept = token_losses(input_ids, targets, route)

@@ -149,9 +149,9 @@ def test_chat_that_outgrows_the_context(script, monkeypatch, capsys, tiny):
     assert script("--chat", "--depth-map", "map.jsonl", "--html", "page.html",
                   "--max-new-tokens", 90) is None
     out = capsys.readouterr().out
-    assert "(the context is full: the oldest turns are dropped)" in out
+    assert "(the context is full: the oldest 2 messages are dropped)" in out
     assert out.count("(not sent: it has ") == 1 and "and the context 256)" in out
-    assert out.count("oldest turns are dropped") < 3
+    assert out.count("are dropped") < 3
 
     records = read("map.jsonl")
     asked = [record["messages"][-1]["content"] for record in records]
@@ -255,9 +255,9 @@ FILES = {
     (["--max-new-tokens", "0"], "--max-new-tokens"), (["--batch-size", "0"], "--batch-size"),
     (["--route", "random"], "invalid choice: 'random'"), (["--device", "gpu7"], "gpu7"),
     (["--device", "cuda:99"], "cuda"), (["--promt", "a"], "--promt"),
-    (["--html", "none/page.html"], "there is no folder none"),
-    (["--depth-map", "none/map.jsonl"], "there is no folder none"),
-    (["--depth-map", "."], "Is a directory"), (["--chat", "--prompt", "a"], "--chat reads"),
+    (["--html", "none/page.html"], "none"),
+    (["--depth-map", "none/map.jsonl"], "none"),
+    (["--depth-map", "."], "expected the name of a file"), (["--chat", "--prompt", "a"], "--chat reads"),
     (["--chat", "--depth-map", "broken.jsonl"], "a chat needs a new file"),
 ])
 def test_refusals(script, tmp_path, capsys, arguments, words):
