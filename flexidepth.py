@@ -235,7 +235,8 @@ class Attention(nn.Module):
         B, T, _ = h.shape
         queries = self.q_proj(h.flatten(0, 1)[places])                            # (N, H * d)
         # Each query goes to its own place among the B * T, so that the causal kernel can be used.
-        # The other places hold zeros. Their attention is computed in vain and never read.
+        # The other places hold zeros (and not just anything, for the sake of the gradient). Their
+        # attention is computed in vain and never read.
         q = queries.new_zeros(B * T, queries.shape[-1]).index_copy(0, places, queries)
         attended = self.attend(q.unflatten(0, (B, T)), k, v, rotation)
         return self.o_proj(attended.flatten(0, 1)[places])                        # (N, D)

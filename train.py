@@ -60,7 +60,7 @@ RECIPES = {
                   batch_size=64, micro_batch_size=1, seq_len=2048, answers_only=False),
     # For a real model of a few hundred million parameters, such as SmolLM2, on a laptop.
     "smol": dict(alpha=1e-3, open_warmup=0.1, lr=2e-3, beta2=0.999, clip=0.0, epochs=0.2,
-                 batch_size=8, micro_batch_size=8, seq_len=256, answers_only=True),
+                 batch_size=8, micro_batch_size=2, seq_len=256, answers_only=True),
     # For tests/tiny-llama.
     "tiny": dict(alpha=3.5e-4, open_warmup=0.0, lr=5e-3, beta2=0.999, clip=0.0, epochs=7.35,
                  batch_size=32, micro_batch_size=32, seq_len=256, answers_only=True),
@@ -306,10 +306,13 @@ def plan_batches(lengths: np.ndarray, steps: int, args: argparse.Namespace) -> T
     and the seed alone, so that a run can be resumed anywhere.
 
     Each epoch takes every row once, in an order of its own; rows that do not fill its last batch
-    are left for other epochs. A batch is made of groups of rows of like length, which need little
-    padding where they share a micro-batch."""
+    are left for other epochs. A batch of eight groups or more is made of groups of rows of like
+    length, which need little padding where they share a micro-batch. In a smaller batch that would
+    leave too little variety, so its rows are any."""
     generator = torch.Generator().manual_seed(args.seed)
-    group_size = math.gcd(GROUP, args.batch_size)
+    group_size = 1
+    if args.batch_size >= 8 * GROUP and args.batch_size % GROUP == 0:
+        group_size = GROUP
     used = len(lengths) // args.batch_size * args.batch_size
     lengths = torch.from_numpy(lengths)
     batches = [torch.empty(0, args.batch_size, dtype=torch.int64)]

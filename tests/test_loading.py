@@ -399,3 +399,45 @@ def test_save_pretrained_beside_folders(folder, tmp_path):
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text("x")
     FlexiDepth.from_pretrained(folder).save_pretrained(tmp_path / "new")
+
+
+@pytest.mark.parametrize("layers, expected", [(1, [0]), (3, [1, 2]), (5, [2, 3, 4])])
+def test_latter_half_of_an_odd_number(tmp_path, write_checkpoint, layers, expected):
+    """Half of an odd number of layers may be rounded the other way, which for one layer is none."""
+    folder = write_checkpoint(tmp_path, num_hidden_layers=layers)
+    assert FlexiDepth.from_pretrained(folder).config.routing_layers == expected
+
+
+def test_a_shard_gives_what_the_index_names(tmp_path, write_checkpoint):
+    """A stale copy of a tensor in another shard may win over the one that the index names."""
+    folder = write_checkpoint(tmp_path, routers=True, shards=3)
+    expected = FlexiDepth.from_pretrained(folder)
+    stale = {name: tensor + 1 for name, tensor in expected.state_dict().items()}
+    for file in folder.glob("model-*.safetensors"):
+        save_file(stale | copy_tensors(file), file)
+    assert_same_tensors(FlexiDepth.from_pretrained(folder), expected)
+
+
+def test_save_pretrained_names_one_dtype(folder, tmp_path):
+    """config.json may name the dtype of the base's file beside that in which it was saved."""
+    change_config(folder, dtype="float32")
+    FlexiDepth.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "new")
+    settings = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert settings["torch_dtype"] == "bfloat16" and "dtype" not in settings
+
+
+def test_the_embedding_wins_over_a_tied_head(tmp_path, write_checkpoint):
+    """A stale head beside the embedding that it is tied to may take its place."""
+    folder = write_checkpoint(tmp_path, tie_word_embeddings=True)
+    expected = copy_tensors(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": expected + 1}))
+    assert torch.equal(FlexiDepth.from_pretrained(folder).model.embed_tokens.weight, expected)
+
+
+def test_threshold_of_a_whole_model(folder, tmp_path):
+    """Routers taken from a folder that save_pretrained wrote may lose their threshold."""
+    model = FlexiDepth.from_pretrained(folder)
+    model.config.threshold = 0.7
+    model.save_pretrained(tmp_path / "new")
+    again = FlexiDepth.from_pretrained(folder, flexidepth=tmp_path / "new")
+    assert again.config.threshold == 0.7

@@ -385,3 +385,25 @@ def test_official_tokenizer(data):
     chat = tokenizer.encode_chat([{"role": "user", "content": " Hi \n"}], True)
     assert chat == [128000, 128006, 882, 128007, 271, 13347, 128009, 128006, 78191, 128007, 271]
     assert SPECIAL[255] == "<|reserved_special_token_250|>" and tokenizer.vocab_size == 128256
+
+
+@pytest.mark.parametrize("bos", ["", "{{ bos_token }}"])
+def test_begin_of_a_chat(tmp_path, train, bos):
+    """A ChatML chat may lack the begin token that its template writes, or get one that it does not
+    write."""
+    processors = pytest.importorskip("tokenizers").processors
+    theirs = train("gpt2", ["<s>", *CHATML])
+    begin = theirs.token_to_id("<s>")
+    theirs.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer = save(theirs, tmp_path, bos + CHATML_TEMPLATE)
+    ids = tokenizer.encode_chat(MESSAGES)
+    assert ids.count(begin) == (ids[0] == begin) == bool(bos)
+
+
+def test_end_of_text(tmp_path, write_ranks):
+    """A text may be closed by an end token of config.json where the tokenizer has its own."""
+    write_ranks(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [1, 2]}')
+    end = 256 + SPECIAL.index("<|end_of_text|>")
+    assert Tokenizer.from_pretrained(tmp_path).encode("a", eos=True) == [97, end]

@@ -23,20 +23,17 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from flexidepth import FlexiDepth, Tokenizer, generate, layers_used  # noqa: E402
-from train import Rows, TokenLosses, evaluate, write_json  # noqa: E402
+from flexidepth import FlexiDepth, Route, Tokenizer, generate, layers_used  # noqa: E402
+from train import Rows, TokenLosses, collate, evaluate, write_json  # noqa: E402
 
 from depth_by_kind import groups_of  # noqa: E402
 from reproduce import BareLayer, rate_of  # noqa: E402
 from tables import fill, markdown  # noqa: E402
 
+BATCH_SIZE = 8
 ROUNDS = 5        # of each prompt with learned gates and with all layers
 PROMPTS = 6       # that are timed
 NEW_TOKENS = 24   # decoded for each
-
-
-def load(args: argparse.Namespace, gates: str) -> FlexiDepth:
-    return FlexiDepth.from_pretrained(args.model, gates, dtype=torch.float32)
 
 
 def mean(table: dict, key: str) -> float:
@@ -45,41 +42,51 @@ def mean(table: dict, key: str) -> float:
 
 
 # ---- Quality -------------------------------------------------------------------------------------
-class WithRoute(TokenLosses):
-    """TokenLosses whose learned route is another one."""
-    def __init__(self, model: FlexiDepth, route):
-        super().__init__(model)
-        self.route = route
+@torch.no_grad()
+def loss_of(model: FlexiDepth, rows: Rows, route: Route) -> float:
+    """Held-out loss with another route, mean over tasks."""
+    token_losses = TokenLosses(model)
+    by_task = defaultdict(list)
+    order = np.argsort(rows.lengths)
+    for start in range(0, len(order), BATCH_SIZE):
+        batch = [rows[i] for i in order[start:start + BATCH_SIZE]]
+        input_ids, targets, _ = collate(batch, "cpu")
+        losses, _, _, _ = token_losses(input_ids, targets, route)
+        counts = (targets != -100).sum(1).tolist()
+        for row, part in zip(batch, losses.split(counts)):
+            by_task[row.task] += part.tolist()
+    return fmean(map(fmean, by_task.values()))
 
-    def forward(self, input_ids, targets, route="learned"):
-        return super().forward(input_ids, targets, self.route if route == "learned" else route)
 
-
-def table_at_random(args: argparse.Namespace, gates: str, rows: Rows, depth: float, bare: bool):
-    """The table with a coin for every token and layer in place of the gates' decisions. bare: also
+def loss_at_random(model: FlexiDepth, rows: Rows, depth: float, bare: bool) -> float:
+    """The loss with a coin for every token and layer in place of the gates' decisions. bare: also
     without adapters and factors, so that a token that skips passes a layer unchanged."""
-    model = load(args, gates)
-    if bare:
-        for index in model.config.routing_layers:
-            model.model.layers[index].__class__ = BareLayer
     rate = rate_of(depth, model.config)
     generator = torch.Generator().manual_seed(0)
 
     def coin(layer_index: int, gate: torch.Tensor) -> torch.Tensor:
+        if bare and layer_index not in model.config.routing_layers:
+            return torch.ones(gate.shape, dtype=torch.bool)
         return torch.rand(gate.shape, generator=generator) < rate
 
-    return evaluate(WithRoute(model, coin), rows, model.config, args)
+    classes = [type(layer) for layer in model.model.layers]
+    for index in model.config.routing_layers if bare else []:
+        model.model.layers[index].__class__ = BareLayer
+    loss = loss_of(model, rows, coin)
+    for layer, kind in zip(model.model.layers, classes):
+        layer.__class__ = kind
+    return loss
 
 
-def loss_of_first_layers(args: argparse.Namespace, gates: str, rows: Rows, depth: float) -> float:
-    """Mean loss over tasks without the last layers. Some tokens get n layers and the others n + 1,
-    in shares that give the mean depth; the loss is the mean by these shares."""
+def loss_of_first_layers(model: FlexiDepth, rows: Rows, depth: float) -> float:
+    """The base's loss without its last layers. Some tokens get n layers and the others n + 1, in
+    shares that give the mean depth; the loss is the mean by these shares."""
+    layers = model.model.layers
     losses = []
     for n in (int(depth), int(depth) + 1):
-        model = load(args, gates)
-        model.model.layers = nn.ModuleList(model.model.layers[:n])
-        table = evaluate(WithRoute(model, "full"), rows, model.config, args)
-        losses.append(mean(table, "base_loss"))
+        model.model.layers = nn.ModuleList(layers[:n])
+        losses.append(loss_of(model, rows, "full"))
+    model.model.layers = layers
     share = depth - int(depth)
     return (1 - share) * losses[0] + share * losses[1]
 
@@ -157,7 +164,8 @@ def make_tables(results: dict) -> dict[str, str]:
         timed = run["time"]
         rows.append([
             f"{run['alpha']:g}", f"{run['layers']:.2f}", f"{run['skipped']:.1%}",
-            f"{run['loss']:.3f}", f"{run['loss'] / run['base_loss'] - 1:+.1%}", f"{run['same']:.1%}",
+            f"{run['loss']:.3f}", f"{run['loss'] / run['base_loss'] - 1:+.1%}",
+            f"{run['same']:.1%}",
             f"{run['coin_loss']:.3f}", f"{run['bare_loss']:.3f}", f"{run['first_loss']:.3f}",
             f"{timed['gain']:.2f}", f"{timed['ideal']:.2f}"])
     head = ["alpha", "layers used", "skipped", "loss", "over the base", "next tokens as the base",
@@ -185,13 +193,14 @@ def main() -> None:
     file = HERE / "smollm2.json"
     if args.gates:
         torch.set_num_threads(1)
-        args = Namespace(**vars(args), device="cpu", micro_batch_size=8, answers_only=True)
+        args = Namespace(**vars(args), device="cpu", micro_batch_size=BATCH_SIZE,
+                         answers_only=True)
         tokenizer = Tokenizer.from_pretrained(args.model)
         rows = Rows(args.valid, Path(args.gates[0], "smollm2-valid.safetensors"), tokenizer, args)
         runs = []
         for gates in args.gates:
             settings = json.loads(Path(gates, "train.json").read_text())["settings"]
-            model = load(args, gates)
+            model = FlexiDepth.from_pretrained(args.model, gates, dtype=torch.float32)
             table = evaluate(TokenLosses(model), rows, model.config, args)
             depth = mean(table, "layers")
             starts = [int(np.flatnonzero(rows[i].counted)[0]) for i in range(PROMPTS)]
@@ -201,9 +210,9 @@ def main() -> None:
                 "skipped": 1 - depth / model.config.num_hidden_layers,
                 "base_loss": mean(table, "base_loss"), "loss": mean(table, "loss"),
                 "same": mean(table, "same"), "tasks": table,
-                "coin_loss": mean(table_at_random(args, gates, rows, depth, False), "loss"),
-                "bare_loss": mean(table_at_random(args, gates, rows, depth, True), "loss"),
-                "first_loss": loss_of_first_layers(args, gates, rows, depth),
+                "coin_loss": loss_at_random(model, rows, depth, bare=False),
+                "bare_loss": loss_at_random(model, rows, depth, bare=True),
+                "first_loss": loss_of_first_layers(model, rows, depth),
                 "depth": depth_by_kind(model, tokenizer, rows),
                 "time": time_of_token(model, prompts)})
             print(json.dumps({key: runs[-1][key] for key in ("alpha", "skipped", "loss", "time")}))
