@@ -59,7 +59,7 @@ RECIPES = {
     "paper": dict(alpha=1e-3, open_warmup=0.0, lr=1e-4, beta2=0.999, clip=0.0, epochs=3.0,
                   batch_size=64, micro_batch_size=1, seq_len=2048, answers_only=False),
     # For a real model of a few hundred million parameters, such as SmolLM2, on a laptop.
-    "smol": dict(alpha=1e-3, open_warmup=0.1, lr=2e-3, beta2=0.999, clip=0.0, epochs=0.2,
+    "smol": dict(alpha=4e-4, open_warmup=0.1, lr=2e-3, beta2=0.999, clip=0.0, epochs=0.2,
                  batch_size=8, micro_batch_size=2, seq_len=256, answers_only=True),
     # For tests/tiny-llama.
     "tiny": dict(alpha=3.5e-4, open_warmup=0.0, lr=5e-3, beta2=0.999, clip=0.0, epochs=7.35,
