@@ -19,6 +19,7 @@ sys.path += [str(HERE / "paper"), str(TINY)]
 import depth_by_kind  # noqa: E402
 import make  # noqa: E402
 import reproduce  # noqa: E402
+import smollm2  # noqa: E402
 import tables  # noqa: E402
 
 from flexidepth import Attention, Config, DecoderLayer, FlexiDepth  # noqa: E402
@@ -62,9 +63,10 @@ def of_class(module, new_class):
 def test_readme_has_the_tables_of_the_results():
     """A figure of tests/paper/README.md was typed by hand, or is of an older run."""
     made = tables.make_tables(json.loads((HERE / "paper" / "results.json").read_text()))
+    made |= smollm2.make_tables(json.loads((HERE / "paper" / "smollm2.json").read_text()))
     readme = (HERE / "paper" / "README.md").read_text()
     found = re.findall(r"<!-- (?!end)(\w+) -->\n\n(.*?)\n\n<!-- end -->", readme, re.DOTALL)
-    assert len(found) == 6
+    assert len(found) == 8
     assert dict(found) == made
     assert tables.fill(readme, made) == readme
 
