@@ -559,7 +559,8 @@ def main() -> None:
     args.seq_len = min(args.seq_len, config.max_position_embeddings)
     rows = Rows(data, args.out / "tokens.safetensors", tokenizer, args)
     held_out = valid and Rows(valid, args.out / "tokens-valid.safetensors", tokenizer, args)
-    if len(rows) < args.batch_size and args.steps != 0 and args.epochs > 0:
+    wanted = args.epochs if args.steps is None else args.steps
+    if wanted and len(rows) < args.batch_size:
         raise ValueError(f"{data}: {len(rows)} rows to use, fewer than --batch-size "
                          f"{args.batch_size}")
     if args.steps is None:
