@@ -58,6 +58,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -164,6 +165,22 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * (x.float() * scale).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear. When a single token is compiled, it is a sum instead, which the compiler turns into
+    one pass over the weights: on many processors that reads them faster than a matrix product."""
+    if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+        return (weight * x.unsqueeze(-2)).sum(-1)
+    return F.linear(x, weight)
+
+
 def rotary_frequencies(config: Config) -> Tensor:
     """Radians per position for each of the d/2 rotating pairs, float32 (d/2,) on the CPU."""
     exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
@@ -187,8 +204,9 @@ class KVCache:
     """Keys and values of all layers and tokens, (L, B, K, max_length, d) each. For inference."""
     def __init__(self, config: Config, batch_size: int, max_length: int, device="cpu", dtype=None):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length)
-        self.keys = torch.empty(*shape, config.head_dim, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
+        # Zeros, because compiled decoding reads unused places too, and gives them no weight.
+        self.keys = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
         self.length = 0  # tokens held; the model adds T when all layers have stored theirs
 
     def update(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,10 +231,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, config.hidden_size)
 
     def keys_values(self, h: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """First step, for every token: h (B, T, D) -> rotated keys, and values, (B, K, T, d)."""
@@ -224,9 +242,11 @@ class Attention(nn.Module):
         v = self.v_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, K, T, d)
         return rotate(k, rotation), v
 
-    def forward(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        """Second step: all tokens of h (B, T, D) attend to k and v (B, K, S, d) -> (B, T, D)."""
-        attended = self.attend(self.q_proj(h), k, v, rotation)
+    def forward(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation,
+                mask: Tensor | None = None) -> Tensor:
+        """Second step: all tokens of h (B, T, D) attend to k and v (B, K, S, d) -> (B, T, D).
+        mask (1, S), bool: the keys that a single token sees, where that is not all of them."""
+        attended = self.attend(self.q_proj(h), k, v, rotation, mask)
         return self.o_proj(attended)                                              # (B, T, D)
 
     def forward_kept(
@@ -241,27 +261,32 @@ class Attention(nn.Module):
         attended = self.attend(q.unflatten(0, (B, T)), k, v, rotation)
         return self.o_proj(attended.flatten(0, 1)[places])                        # (N, D)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        """Causal attention of unrotated queries (B, T, H * d) to (B, K, S, d) -> (B, T, H * d)."""
-        T = q.shape[1]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation,
+               mask: Tensor | None = None) -> Tensor:
+        """Attention of unrotated queries (B, T, H * d) to (B, K, S, d) -> (B, T, H * d)."""
+        B, T, _ = q.shape
+        K = k.shape[1]
         S = k.shape[2]
-        q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B, H, T, d)
-        # Token t of the T sees keys 0..S-T+t. With T = 1 these are all keys, and with S = T the
-        # kernel's own is_causal says the same.
-        mask = None
-        if T not in (1, S):
+        q = rotate(q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), rotation)    # (B, H, T, d)
+        if T == 1:
+            # A single token sees all keys. The queries that share a key head are rows of one
+            # matrix product, so that the keys are read once for all of them.
+            q = q.reshape(B, K, -1, self.head_dim)                                # (B, K, H / K, d)
+            return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, 1, -1)
+
+        # Token t of the T sees keys 0..S-T+t. With S = T the kernel's own is_causal says the same.
+        if S > T:
             mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
-        out = F.scaled_dot_product_attention(
-            rotate(q, rotation), k, v, mask, is_causal=(S == T and T > 1), enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=(S == T), enable_gqa=True)
         return out.transpose(1, 2).flatten(2)                                     # (B, T, H * d)
 
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -275,10 +300,10 @@ class Router(nn.Module):
     """The logit of a token's gate, through a bottleneck of router_size."""
     def __init__(self, config: Config):
         super().__init__()
-        self.router_enc = nn.Linear(config.hidden_size, config.router_size, bias=False)
+        self.router_enc = Linear(config.hidden_size, config.router_size)
         self.router_norm = RMSNorm(config.router_size, config.rms_norm_eps)
-        self.router_dec = nn.Linear(config.router_size, config.hidden_size, bias=False)
-        self.router_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.router_dec = Linear(config.router_size, config.hidden_size)
+        self.router_head = Linear(config.hidden_size, 1)
 
     def forward(self, h: Tensor) -> Tensor:
         # differs from the paper, which has norm(tanh(.)): the released weights need tanh(norm(.))
@@ -291,9 +316,9 @@ class Adapter(nn.Module):
     name them, and unlike MLP, `gate_proj` and `down_proj` map D to adapter_size, `up_proj` back."""
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.adapter_size, bias=False)
-        self.down_proj = nn.Linear(config.hidden_size, config.adapter_size, bias=False)
-        self.up_proj = nn.Linear(config.adapter_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.adapter_size)
+        self.down_proj = Linear(config.hidden_size, config.adapter_size)
+        self.up_proj = Linear(config.adapter_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up_proj(F.silu(self.gate_proj(x)) * self.down_proj(x))
@@ -393,7 +418,7 @@ class FlexiDepth(nn.Module):
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         for name, parameter in self.named_parameters():
             parameter.requires_grad = bool(TRAINED.match(name))
         self.frequencies = rotary_frequencies(config)  # not a buffer, so .to(dtype) leaves it alone
@@ -443,7 +468,7 @@ class FlexiDepth(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
         if self.lm_head is None:
-            return F.linear(x, self.model.embed_tokens.weight)
+            return linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
 
     @classmethod
@@ -561,6 +586,71 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
         if ended.all():
             return
         input_ids = token[:, None]
+
+
+# ---- Compiled decoding ---------------------------------------------------------------------------
+def compile_decode(model: FlexiDepth) -> None:
+    """Let torch.compile make the code that `generate` runs for a single token, one function a layer
+    and the head. Compiling takes some seconds, at the first tokens. The same sums are added in
+    another order, so that the last bits of logits and gates change. Prompts, batches, and routes
+    that are functions run as before. ValueError if there is no compiler (C++, or Triton on a GPU).
+    """
+    weight = model.model.embed_tokens.weight
+    try:
+        torch.compile(torch.neg)(weight[0])
+    except Exception as error:  # a missing compiler shows in many ways
+        raise ValueError(f"torch.compile does not work here ({str(error)[:100]!r}); it needs a C++ "
+                         "compiler, and Triton on a GPU") from None
+
+    compiled_layer = torch.compile(decode_layer)
+    compiled_head = torch.compile(model.head)
+    eager_head = model.head
+
+    def head(x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:
+            return compiled_head(x)
+        return eager_head(x)
+
+    model.head = head
+    for layer in model.model.layers:
+        layer.forward = partial(decode_or_run, compiled_layer, layer, layer.forward)
+
+
+def decode_or_run(compiled_layer: Callable, layer: DecoderLayer, eager: Callable, x: Tensor,
+                  rotation: Rotation, cache: KVCache | None, route: Route
+                  ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """DecoderLayer.forward of a compiled model: only a single token takes the compiled code."""
+    if cache is None or callable(route) or x.shape[:2] != (1, 1):
+        return eager(x, rotation, cache, route)
+    place = torch.tensor([cache.length], device=x.device)
+    keys = cache.keys[layer.index]                                                # (1, K, S, d)
+    values = cache.values[layer.index]
+    return compiled_layer(layer, x, rotation, keys, values, place, route)
+
+
+def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
+                 place: Tensor, route: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """DecoderLayer.forward for x (1, 1, D), with all that the compiler can't see through put in
+    other words: the decision is a torch.cond; the new token's place (1,) in the cache is a tensor;
+    attention is to all of the cache (1, K, max_length, d), with a mask for the part in use."""
+    h = layer.input_layernorm(x)
+    k, v = layer.self_attn.keys_values(h, rotation)
+    keys.index_copy_(2, place, k)
+    values.index_copy_(2, place, v)
+    mask = torch.arange(keys.shape[2], device=x.device)[None] <= place            # (1, max_length)
+
+    def full(x: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        return layer.full_path(x, g, layer.self_attn(h, keys, values, rotation, mask))
+
+    def skip(x: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        return layer.skip_path(x, g)
+
+    if layer.router is None or route == "full":
+        return full(x, h, torch.ones_like(x[..., :1])), None, None
+    gate = torch.sigmoid(layer.router(h).float())
+    g = gate.to(x.dtype)[..., None]
+    kept = g[..., 0] > layer.config.threshold
+    return torch.cond(kept.all(), full, skip, (x, h, g)), gate, kept
 
 
 # ---- Loading and saving --------------------------------------------------------------------------
