@@ -55,6 +55,7 @@ import json
 import os
 import re
 import shutil
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -173,10 +174,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
+# How compile_decode lets a single token be multiplied; it takes the faster way.
+products_as_sums = False
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear. When a single token is compiled, it is a sum instead, which the compiler turns into
-    one pass over the weights: on many processors that reads them faster than a matrix product."""
-    if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+    """F.linear. For a single token in compiled code it may be a sum instead, which the compiler
+    turns into one pass over the weights. On many processors that reads them faster."""
+    if products_as_sums and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
         return (weight * x.unsqueeze(-2)).sum(-1)
     return F.linear(x, weight)
 
@@ -595,12 +600,21 @@ def compile_decode(model: FlexiDepth) -> None:
     another order, so that the last bits of logits and gates change. Prompts, batches, and routes
     that are functions run as before. ValueError if there is no compiler (C++, or Triton on a GPU).
     """
-    weight = model.model.embed_tokens.weight
+    global products_as_sums
+    x = model.model.embed_tokens.weight[:1]
+    mlps = [torch.compile(layer.mlp) for layer in model.model.layers]
+    seconds = {}
     try:
-        torch.compile(torch.neg)(weight[0])
+        with torch.inference_mode():
+            for products_as_sums in (True, False):
+                mlps[0](x)  # compiles the code of all of them
+                seconds[products_as_sums] = min(timeit.repeat(
+                    lambda: [mlp(x) for mlp in mlps], number=1))
     except Exception as error:  # a missing compiler shows in many ways
         raise ValueError(f"torch.compile does not work here ({str(error)[:100]!r}); it needs a C++ "
                          "compiler, and Triton on a GPU") from None
+    # It depends on the processor which is faster.
+    products_as_sums = seconds[True] < seconds[False] and x.device.type == "cpu"
 
     compiled_layer = torch.compile(decode_layer)
     compiled_head = torch.compile(model.head)

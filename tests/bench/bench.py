@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from flexidepth import (  # noqa: E402
-    Config, DecoderLayer, FlexiDepth, KVCache, generate, layers_used, skip_loss)
+    Config, DecoderLayer, FlexiDepth, KVCache, compile_decode, generate, layers_used, skip_loss)
 from train import Row, TokenLosses, collate, write_json  # noqa: E402
 
 TINY = TESTS / "tiny-llama"
@@ -265,6 +265,47 @@ def decode(args: argparse.Namespace) -> Iterator[Line]:
                        timed.times("0 %", "full"), read["0 %"] / read["full"])
 
 
+def steer(model: FlexiDepth, share: float) -> None:
+    """Let the gates of the first routed layers shut for that share of them, and the others open."""
+    routed = model.config.routing_layers
+    for i, index in enumerate(routed):
+        logit = 10.0 if i >= share * len(routed) else -10.0
+        model.model.layers[index].router.register_forward_hook(
+            lambda module, inputs, output, logit=logit: 0 * output + logit)
+
+
+def compiled(args: argparse.Namespace) -> Iterator[Line]:
+    """Row m: one sequence, token by token, by the code that torch.compile makes."""
+    model = load(args)
+    with torch.device("meta"):
+        twin = FlexiDepth(model.config)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    if args.model is None:  # random gates decide nothing
+        steer(model, 0.5)
+        steer(twin, 0.5)
+    compile_decode(twin)
+    prompt = PROMPT.to(args.device)
+    tokens = 4 if args.device == "cpu" else 64
+    sides = {}
+    for route in ("full", "learned"):
+        for name, side in (("plain", model), ("compiled", twin)):
+            sides[f"{name} {route}"] = partial(
+                lambda side, route: list(generate(side, prompt, tokens, route=route)), side, route)
+    if TRANSFORMERS:
+        theirs = as_transformers(model)
+        sides["transformers"] = lambda: theirs.generate(
+            prompt, max_new_tokens=tokens, do_sample=False)
+
+    timed = Timed(args, sides)
+    for route in ("full", "learned"):
+        peers = {"not compiled": f"plain {route}"}
+        if TRANSFORMERS:
+            peers["transformers, which runs all"] = "transformers"
+        for what, peer in peers.items():
+            yield beside_peer("m", f"decode, compiled, route {route}; peer: {what}", timed,
+                              f"compiled {route}", peer, tokens)
+
+
 @torch.inference_mode()
 def multiply(model: FlexiDepth, tokens: int) -> None:
     """The matrix products of `tokens` tokens by the full route, and nothing else."""
@@ -462,7 +503,7 @@ def masked_transformers(model: FlexiDepth, theirs: nn.Module, input_ids: Tensor,
 
 
 SECTIONS = {"abcde": decode, "f": prefill, "g": tiny, "h": batches, "il": training,
-            "k": long_context}
+            "k": long_context, "m": compiled}
 
 
 # ---- All together --------------------------------------------------------------------------------
