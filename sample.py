@@ -7,8 +7,11 @@
 
 A prompt is the user's message of a chat; with --raw it is text to be continued. Routers and
 adapters are those of --flexidepth, or what train.py left in out/ for this model, or those in the
-model's own folder. Each generation makes one record (README.md has its fields): the terminal,
---depth-map and --html are three views of it.
+model's own folder.
+
+Each generation makes one record, a dict; README.md has its fields. What is known before anything
+is generated is the head of the record: the settings, the seed and the prompt. `make_records` adds
+the rest. The terminal, --depth-map and --html are three views of records.
 """
 import argparse
 import codecs
@@ -20,20 +23,17 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from flexidepth import FlexiDepth, Tokenizer, generate, whole_file
+from flexidepth import FlexiDepth, Tokenizer, compile_decode, generate, whole_file
+from train import TINY, open_lines, read_messages, read_rows
 
-TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 EXAMPLES = ["Finish: the early bird", "Repeat: 47 12 85", "Copy 2 to 3: 31 58 64 90", "38 + 47 =",
             "Tom has 38 figs and gets 47 more.", "7 * 58 ="]
-SHADES = (195, 159, 117, 75, 33, 26, 19)  # of blue among a terminal's 256 colours, light to dark
-# What could steer a terminal or hide the order of a text: control and bidirectional characters.
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-                    "\ud800-\udfff]")
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,36 +59,34 @@ def parse_args() -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this sum (1)")
     add("--seed", type=int, default=0, help="seed of the first prompt; prompt i has seed + i (0)")
     add("--batch-size", type=int, default=64, help="prompts of one length to run together (64)")
+    add("--compile", action="store_true",
+        help="compile what a single token runs: some seconds once, then it may be faster")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     args = parser.parse_args()
 
-    if args.max_new_tokens < 1 or args.batch_size < 1:
-        parser.error("--max-new-tokens and --batch-size: expected at least 1")
-    if not 0 <= args.seed < 2**62:
-        parser.error(f"--seed {args.seed}: expected 0 to 2**62")
+    if args.max_new_tokens < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**62:
+        parser.error(f"--max-new-tokens {args.max_new_tokens}, --batch-size {args.batch_size}, "
+                     f"--seed {args.seed}: expected at least 1, 1 and 0")
     if args.chat and (args.raw or args.prompt or args.prompt_file):
         parser.error("--chat reads its prompts from the terminal, in chat format")
-    if args.chat and args.depth_map and args.depth_map.is_file():
-        parser.error(f"--depth-map {args.depth_map} is there; a chat needs a new file")
     for path in (args.depth_map, args.html):
         if path and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"{path}: expected the name of a file, in a folder that is there")
-    if args.html and args.html == args.depth_map:
-        parser.error("--html and --depth-map name the same file")
     return args
 
 
 def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
-    """The model, and the fields that all its records share."""
+    """The model, and the fields that the heads of all its records share."""
     flexidepth = args.flexidepth or args.model
     trained = Path("out", "train.json")
     if args.flexidepth is None and trained.is_file():
-        trained_for = str(json.loads(trained.read_text())["settings"]["model"])
+        trained_for = json.loads(trained.read_text())["settings"]["model"]
         if Path(trained_for).resolve() == Path(args.model).resolve():
             flexidepth = trained.parent
     if args.route == "full":
         flexidepth = None
+
     dtype = args.dtype and getattr(torch, args.dtype)
     try:
         model = FlexiDepth.from_pretrained(
@@ -96,61 +94,77 @@ def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} (train.py makes routers and adapters; --route full "
                                 "needs none)") from None
-    if args.threshold is not None:
-        model.config.threshold = args.threshold
-
     config = model.config
+    if args.threshold is not None:
+        config.threshold = args.threshold
+    if args.compile:
+        compile_decode(model)
+
     shared = {
-        "version": 1, "model": args.model, "flexidepth": None, "sha256": None,
+        "version": 1,
+        "model": args.model,
+        "flexidepth": None,
+        "sha256": None,
         "dtype": str(model.model.norm.weight.dtype).removeprefix("torch."),
-        "num_hidden_layers": config.num_hidden_layers, "routing_layers": [], "route": args.route,
-        "threshold": config.threshold, "temperature": args.temperature, "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens, "gates": args.gates}
-    print(f"{args.model},", f"routers and adapters of {flexidepth}" if flexidepth
-          else "all layers for every token")
+        "num_hidden_layers": config.num_hidden_layers,
+        "routing_layers": [],
+        "route": args.route,
+        "threshold": config.threshold,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "gates": args.gates,
+    }
     if flexidepth:
         digest = hashlib.sha256()  # other routers or adapters give other records
         for parameter in model.parameters():
             if parameter.requires_grad:
-                values = parameter.detach().cpu().contiguous().view(torch.uint8)
-                digest.update(values.numpy())
-        shared |= {"flexidepth": str(flexidepth), "sha256": digest.hexdigest(),
-                   "routing_layers": config.routing_layers}
+                digest.update(parameter.detach().cpu().view(torch.uint8).numpy())
+        shared["flexidepth"] = str(flexidepth)
+        shared["sha256"] = digest.hexdigest()
+        shared["routing_layers"] = config.routing_layers
     return model, shared
+
+
+def describe(shared: dict) -> str:
+    """What the answers come from."""
+    if shared["flexidepth"] is None:
+        return f"{shared['model']}, all layers for every token"
+    return (f"{shared['model']}, routers and adapters of {shared['flexidepth']}, "
+            f"threshold {shared['threshold']}")
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
 def read_prompts(args: argparse.Namespace) -> list[dict]:
-    """One dict for each prompt, {"messages": [...]} or with --raw {"text": ...}, and any "task".
-    Where no prompt is given, they are the examples. ValueError names the line of an unfit one."""
-    prompts = [as_prompt({"prompt": prompt}, args.raw) for prompt in args.prompt or []]
+    """The prompts of the command line and of the file, or else the examples, as in `as_prompt`.
+    ValueError names the line of an unfit one."""
+    texts = args.prompt or []
+    if not texts and not args.prompt_file:
+        texts = EXAMPLES
+    prompts = [as_prompt({"prompt": text}, args.raw) for text in texts]
     if args.prompt_file:
         for number, row in read_prompt_file(args.prompt_file):
             try:
                 prompts.append(as_prompt(row, args.raw))
             except (ValueError, TypeError, AttributeError, KeyError) as error:
-                raise ValueError(f"{args.prompt_file}: line {number}: expected a prompt or "
-                                 f"messages that end with a user's: {error}") from None
-        if not prompts:
-            raise ValueError(f"{args.prompt_file}: no prompt in it")
-    return prompts or [as_prompt({"prompt": prompt}, args.raw) for prompt in EXAMPLES]
+                raise ValueError(f"{args.prompt_file}: line {number}: expected a prompt, or "
+                                 f"messages to answer: {error}") from None
+    if not prompts:
+        raise ValueError(f"{args.prompt_file}: no prompt in it")
+    return prompts
 
 
 def read_prompt_file(path: Path) -> list[tuple[int, dict]]:
     """Line numbers and rows of a file: JSONL by its name or its first line, else lines of text."""
-    from train import open_lines, read_rows  # only here, as it takes a second to load
-
     lines = [line.rstrip(b"\r\n") for line in open_lines(path)]
-    first = next((line.strip() for line in lines if line.strip()), b"")
-    name = path.name.lower().removesuffix(".gz")
-    looks_like_json = first[:1] == b"{" or first == b"[" or first[:2] in (b"[{", b'["')
-    if looks_like_json or name.endswith((".json", ".jsonl", ".ndjson")):
+    if ".json" in path.name.lower() or b"".join(lines).lstrip().startswith(b"{"):
         return list(read_rows(path, lines))
+
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8-sig")
-        except ValueError as error:
+        except UnicodeDecodeError as error:
             raise ValueError(f"{path}: line {number}: {error}") from None
         if text.strip():
             rows.append((number, {"prompt": text}))
@@ -158,102 +172,152 @@ def read_prompt_file(path: Path) -> list[tuple[int, dict]]:
 
 
 def as_prompt(row: dict, raw: bool) -> dict:
-    """One prompt, as a record holds it. A conversation's last answer is the reference and is left
-    out. ValueError if there is nothing to answer."""
-    task = {} if row.get("task") is None else {"task": str(row["task"])}
+    """A prompt as a record holds it: {"messages": [...]}, or with --raw {"text": ...}, and any
+    "task". ValueError if there is nothing to answer."""
     if raw:
-        text = row.get("prompt") or row["text"]
-        if not text.strip():
-            raise ValueError("an empty prompt")
-        return {"text": text} | task
-    if row.get("prompt") is not None:
-        messages = [{"role": "user", "content": row["prompt"]}]
+        asked = row["prompt"]
+        prompt = {"text": asked}
     else:
-        from train import read_messages
+        if row.get("prompt") is not None:
+            row = row | {"messages": [{"role": "user", "content": row["prompt"]}]}
         messages = read_messages(row)
-    if messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise ValueError("an empty prompt, or no message of a user at the end")
-    return {"messages": messages} | task
+        # A conversation's last answer is the reference. The model must not see it.
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        asked = messages[-1]["content"] if messages else ""
+        prompt = {"messages": messages}
+
+    if not asked.strip():
+        raise ValueError("an empty prompt")
+    if row.get("task") is not None:
+        prompt["task"] = str(row["task"])
+    return prompt
 
 
 def encode(tokenizer: Tokenizer, prompt: dict) -> list[int]:
     if "text" in prompt:
-        marked = [name for name in tokenizer.special if name in prompt["text"]]
-        if marked:
-            print(f"sample.py: warning: {marked[0]} in the prompt is read as plain text; without "
-                  "--raw prompts get the model's own chat format", file=sys.stderr)
         return tokenizer.encode(prompt["text"], bos=True)
     return tokenizer.encode_chat(prompt["messages"], add_generation_prompt=True)
 
 
+# ---- Batches -------------------------------------------------------------------------------------
+# A batch is a list of heads whose prompts have one length.
+def batches_of_prompts(args: argparse.Namespace, tokenizer: Tokenizer, context: int,
+                       heads: list[dict]) -> Iterator[list[dict]]:
+    """Prompts of a file are grouped by their length, so that they need no padding. Those of the
+    command line come one by one. ValueError if one is too long."""
+    groups = defaultdict(list)
+    for head in heads:
+        length = len(encode(tokenizer, head))
+        if not 0 < length <= context:
+            number = head["seed"] - args.seed + 1
+            raise ValueError(f"prompt {number} has {length} tokens; expected 1 to {context}")
+        if any(name in head.get("text", "") for name in tokenizer.special):
+            print("sample.py: warning: a special token's name in the prompt is read as plain text; "
+                  "without --raw prompts get the model's own chat format", file=sys.stderr)
+        key = length if args.prompt_file else head["seed"]
+        groups[key].append(head)
+    for group in groups.values():
+        for start in range(0, len(group), args.batch_size):
+            yield group[start:start + args.batch_size]
+
+
+def batches_of_chat(args: argparse.Namespace, tokenizer: Tokenizer, context: int, shared: dict,
+                    records: list[dict]) -> Iterator[list[dict]]:
+    """Each message of the terminal or a pipe, with the conversation before it. The caller adds the
+    record of its answer to `records` before it asks for the next one."""
+    room = context - min(args.max_new_tokens, context // 4)
+    messages = []
+    while True:
+        print("\nyou: ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+
+        message = {"role": "user", "content": line.rstrip("\n")}
+        length = len(encode(tokenizer, {"messages": [message]}))
+        if length > context:
+            print(f"(not sent: it has {length} tokens, and the context {context})")
+            continue
+        messages.append(message)
+        while len(messages) > 1 and len(encode(tokenizer, {"messages": messages})) > room:
+            del messages[:2]
+            print("(the context is full: the oldest 2 messages are dropped)")
+
+        yield [shared | {"seed": args.seed + len(records), "messages": list(messages)}]
+        answer = [i for i in records[-1]["answer"]["ids"] if i not in tokenizer.stop_ids]
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+
+
 # ---- Records -------------------------------------------------------------------------------------
-# The head of a record is what is known before anything is generated: settings, seed and prompt.
 def make_records(model: FlexiDepth, tokenizer: Tokenizer, heads: list[dict],
-                 prompts: list[list[int]], write: Callable) -> list[dict]:
+                 prompts: list[list[int]], write: Callable[[int, int], None]) -> list[dict]:
     """Generate from prompts of one length, and return a record for each. `write` is called with
-    the tokens and depths of all rows, (B,) each, as they come."""
-    head = heads[0]
+    the tokens of the first answer and their depths, as they come."""
+    settings = heads[0]
     T = len(prompts[0])
-    gates = defaultdict(list)
-    decisions = defaultdict(list)
+    seen = defaultdict(list)  # by layer: (2, B, T) of the prompts, then (2, B, 1) of each token
 
-    def record_route(layer_index: int, gate: torch.Tensor) -> torch.Tensor:
-        """Decides as route="learned" does, and keeps what it saw and decided."""
-        kept = gate > model.config.threshold
-        gates[layer_index].append(gate)
-        decisions[layer_index].append(kept)
-        return kept
+    def record(layer: nn.Module, inputs: tuple, output: tuple) -> None:
+        """Keeps the gates and decisions that a layer returns."""
+        _, gate, kept = output
+        seen[layer.index].append(torch.stack([gate, kept]))
 
-    started = time.time()
+    routed = [model.model.layers[index] for index in settings["routing_layers"]]
+    hooks = [layer.register_forward_hook(record) for layer in routed]
+    generators = [torch.Generator().manual_seed(head["seed"]) for head in heads]
     answers = [[] for _ in prompts]
     ended = set()
+    started = time.perf_counter()
     for tokens, depths in generate(
-            model, torch.tensor(prompts), head["max_new_tokens"], head["temperature"],
-            head["top_p"], [torch.Generator().manual_seed(each["seed"]) for each in heads],
-            tokenizer.stop_ids, "full" if head["route"] == "full" else record_route):
-        write(tokens, depths)
+            model, torch.tensor(prompts), settings["max_new_tokens"], settings["temperature"],
+            settings["top_p"], generators, tokenizer.stop_ids, settings["route"]):
         for row, token in enumerate(tokens.tolist()):
-            if row not in ended:
-                answers[row].append(token)
-                if token in tokenizer.stop_ids:
-                    ended.add(row)
-    seconds = time.time() - started
-    positions = T - 1 + max(map(len, answers))
+            if row in ended:
+                continue
+            answers[row].append(token)
+            if row == 0:
+                write(token, depths[0].item())
+            if token in tokenizer.stop_ids:
+                ended.add(row)
+    seconds = time.perf_counter() - started
 
-    def by_position(seen: dict[int, list[torch.Tensor]]) -> list:
-        """Lists (B, positions, R) of what the route saw, layer by layer, (B, T) each."""
-        if not seen:  # --route full
-            return torch.empty(len(prompts), positions, 0).tolist()
-        return torch.stack([torch.cat(parts, 1) for parts in seen.values()], -1).tolist()
-
-    scores = by_position(gates)
-    kept = by_position(decisions)
-    plain = head["num_hidden_layers"] - len(head["routing_layers"])
-
-    def token_fields(row: int, ids: list[int], first_position: int) -> dict:
-        """The lists of a prompt or an answer. ids[i] has the depth of first_position + i."""
-        here = slice(first_position, first_position + len(ids))
-        record = {
-            "ids": ids,
-            "texts": [text_or_bytes(tokenizer.token_bytes(token)) for token in ids],
-            "layers": [plain + sum(position) for position in kept[row][here]],
-            "decisions": ["".join("01"[k] for k in position) for position in kept[row][here]]}
-        if head["gates"]:
-            record["gates"] = [[round(g, 4) for g in position] for position in scores[row][here]]
-        return record
-
+    for hook in hooks:
+        hook.remove()
+    found = torch.empty(2, len(prompts), T + settings["max_new_tokens"], 0)  # of no layer
+    if seen:
+        layers = [torch.cat(parts, -1) for parts in seen.values()]
+        found = torch.stack(layers, -1)                                       # (2, B, positions, R)
     records = []
     for row, (head, prompt, answer) in enumerate(zip(heads, prompts, answers)):
+        of_prompt = found[:, row, :T]
+        of_answer = found[:, row, T - 1:T - 1 + len(answer)]
+        # A prompt's token has the depth of the position that read it. Token i of the answer was
+        # predicted at position T - 1 + i, and has the depth of that one.
         records.append(head | {
-            # A prompt's token has the depth of the position that read it. Token i of the answer was
-            # predicted at position T - 1 + i, and has the depth of that one.
-            "prompt": token_fields(row, prompt, 0),
-            "answer": token_fields(row, answer, T - 1),
+            "prompt": token_fields(tokenizer, head, prompt, of_prompt),
+            "answer": token_fields(tokenizer, head, answer, of_answer),
             "seconds": round(seconds, 4),
-            "tokens_per_s": round(len(answer) / seconds, 2)})
+            "tokens_per_s": round(len(answer) / seconds, 2),
+        })
     return records
+
+
+def token_fields(tokenizer: Tokenizer, head: dict, ids: list[int], found: Tensor) -> dict:
+    """The lists of a prompt or an answer of N tokens. found (2, N, R): gates, and 1 where kept."""
+    gates = found[0]
+    kept = found[1].int()
+    fields = {
+        "ids": ids,
+        "texts": [text_or_bytes(tokenizer.token_bytes(token)) for token in ids],
+        "layers": (plain_layers(head) + kept.sum(-1)).tolist(),
+        "decisions": ["".join(map(str, token)) for token in kept.tolist()],
+    }
+    if head["gates"]:
+        fields["gates"] = [[round(gate, 4) for gate in token] for token in gates.tolist()]
+    return fields
 
 
 def text_or_bytes(token: bytes) -> str | list[int]:
@@ -263,80 +327,111 @@ def text_or_bytes(token: bytes) -> str | list[int]:
         return list(token)
 
 
+def plain_layers(head: dict) -> int:
+    """The number of layers that every token runs: the least possible depth."""
+    return head["num_hidden_layers"] - len(head["routing_layers"])
+
+
+def share_of_depth(depth: int, head: dict) -> float:
+    """From 0 at the least depth to 1 at the greatest."""
+    return (depth - plain_layers(head)) / max(1, len(head["routing_layers"]))
+
+
+def mean_depth(part: dict, head: dict) -> str:
+    depths = part["layers"]
+    mean = sum(depths) / len(depths)
+    return f"{len(depths)} tokens, {mean:.2f} of {head['num_hidden_layers']} layers on average"
+
+
 def resume_depth_map(file: Path, heads: list[dict]) -> list[dict]:
     """The records that the file holds already. Half a record at its end, from a run that was
     stopped, is removed. ValueError if the file is of another run, or no depth map."""
     if not file.is_file():
         return []
+    # A record of this run begins with one of the heads, and goes on with the prompt's tokens.
+    beginnings = {json.dumps(head).removesuffix("}").encode() for head in heads}
     *lines, rest = file.read_bytes().split(b"\n")
-    by_seed = {head["seed"]: head for head in heads}
-    records = []
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            head = by_seed[record["seed"]]
-            different = [key for key in head if record.get(key) != head[key]]
-        except (ValueError, KeyError, TypeError):
-            different = ["form"]
-        if different:
-            raise ValueError(f"{file}: line {number} is of another run: its {different[0]} "
-                             "differs; give a new --depth-map")
-        records.append(record)
-    if rest:
-        begins = [json.dumps(head)[:-1].encode() for head in heads]
-        if not any(begin.startswith(rest) or rest.startswith(begin) for begin in begins):
-            raise ValueError(f"{file}: not a depth map of this run; give a new --depth-map")
-        os.truncate(file, file.stat().st_size - len(rest))
-    return records
+        if line.partition(b', "prompt": {')[0] not in beginnings:
+            raise ValueError(f"{file}: line {number} is of another run: its prompt, model, gates "
+                             "or settings differ; give a new --depth-map")
+    if rest and not lines:
+        raise ValueError(f"{file}: not a depth map; give a new --depth-map")
+    os.truncate(file, file.stat().st_size - len(rest))
+    return [json.loads(line) for line in lines]
 
 
 # ---- The terminal --------------------------------------------------------------------------------
+# What could steer a terminal or hide the order of a text: control and bidirectional characters.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+                    "\ud800-\udfff]")
+# Background colours from light to dark, of a terminal's 256. Black text can be read on all of them.
+SHADES = (195, 159, 117, 111, 75, 69, 63)
+
+
 def printable(text: str) -> str:
     """Text that can't steer the terminal: UNSAFE characters are escaped."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def utf8_decoder() -> codecs.IncrementalDecoder:
+    """Decodes token by token. A character comes with the token that completes it."""
+    return codecs.getincrementaldecoder("utf-8")("replace")
+
+
 class Printer:
-    """Writes tokens as they come: coloured by depth or, in plain text, each with its depth."""
+    """Prints answers. With show_depth each token is coloured by its depth or followed by it."""
     def __init__(self, tokenizer: Tokenizer, shared: dict, show_depth: bool):
         self.tokenizer = tokenizer
+        self.shared = shared
         self.show_depth = show_depth
-        self.layers = shared["num_hidden_layers"]
-        self.least = self.layers - len(shared["routing_layers"])
-        self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.start()
-
-    def start(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
+        self.in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.decoder = utf8_decoder()
 
     def shade(self, text: str, depth: int) -> str:
-        share = (depth - self.least) / max(1, self.layers - self.least)
+        """Text on a background. The end of a line has none: it would paint the rest of the line."""
+        share = share_of_depth(depth, self.shared)
         colour = SHADES[int(share * (len(SHADES) - 1))]
-        ink = 16 if share < 0.6 else 231
-        return f"\033[48;5;{colour};38;5;{ink}m{text}\033[0m" if text else ""
+        return re.sub("(.+)", f"\033[48;5;{colour};38;5;16m\\1\033[0m", text)
 
     def legend(self) -> str:
-        if not self.colour:
-            return f"layers used: the number behind each token, {self.least} to {self.layers}"
-        depths = range(self.least, self.layers + 1)
-        return "layers used: " + " ".join(self.shade(f" {depth} ", depth) for depth in depths)
+        least = plain_layers(self.shared)
+        layers = self.shared["num_hidden_layers"]
+        if not self.in_colour:
+            return f"layers used: the number behind each token, {least} to {layers}"
+        depths = [self.shade(f" {depth} ", depth) for depth in range(least, layers + 1)]
+        return "layers used: " + " ".join(depths)
+
+    def begin(self, head: dict) -> None:
+        """Print what was asked."""
+        asked = head.get("text") or head["messages"][-1]["content"]
+        print(f"\n> {printable(asked.strip())}")
+        self.decoder.reset()
 
     def write(self, token: int, depth: int) -> None:
         """Print what a token adds to the text."""
         text = printable(self.decoder.decode(self.tokenizer.token_bytes(token)))
-        if token in self.tokenizer.stop_ids and not self.show_depth:
+        if self.show_depth and self.in_colour:
+            text = self.shade(text, depth)
+        elif self.show_depth:
+            text = f"{text}[{depth}]"
+        elif token in self.tokenizer.stop_ids:
             text = ""
-        if self.show_depth and self.colour:  # a line's end is not shaded: it would paint the line
-            text = "\n".join(self.shade(line, depth) for line in text.split("\n"))
-        print(text, end=f"[{depth}]" if self.show_depth and not self.colour else "", flush=True)
+        print(text, end="", flush=True)
 
     def end(self, record: dict) -> None:
-        """Print the rest of an answer, and its mean depth."""
-        print(printable(self.decoder.decode(b"", final=True)))  # U+FFFD for half a character
-        depths = record["answer"]["layers"]
+        """Print the mean depth of an answer."""
+        print()
         if self.show_depth:
-            print(f"({len(depths)} tokens, {sum(depths) / len(depths):.2f} of {self.layers} layers "
-                  f"on average, {record['tokens_per_s']:.0f} tokens/s)")
+            print(f"({mean_depth(record['answer'], record)}, {record['tokens_per_s']:.0f} "
+                  "tokens/s)")
+
+    def show(self, record: dict) -> None:
+        """Print a whole record."""
+        self.begin(record)
+        for token, depth in zip(record["answer"]["ids"], record["answer"]["layers"]):
+            self.write(token, depth)
+        self.end(record)
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -348,86 +443,60 @@ PAGE = """<!DOCTYPE html>
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
 h2 { font-size: 1rem; border-top: 1px solid #8886; padding-top: 1rem }
-small { color: GrayText }
 pre { font: inherit; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere }
 span { padding: .15em 0; border-right: 1px solid Canvas;
        background: rgb(40 120 240 / calc(.75 * var(--depth))) }
-span:hover { outline: 2px solid #e69f00 }
 .map { font: 14px/14px monospace; white-space: pre; overflow-x: auto; color: #3274c7 }
 </style>
 <h1>Layers used by each token</h1>
-"""
-LEGEND = """<p><small>A token of a prompt has the depth of the position that read it, one of an
-answer that of the position that predicted it. In a map each column is a position, and layers go
-upwards: █ kept, ░ skipped, ▒ a plain layer. Right of the line, positions predict the answer.
-</small>
+<p>The stronger its blue, the more layers a token used. A token of a prompt has the depth of the
+position that read it, one of an answer that of the position that predicted it. In the map below a
+text each column is a token, and layers go upwards: █ kept, ░ skipped, ▒ a plain layer.
 """
 
 
-def span(text: str, depth: int, least: int, layers: int, title: str) -> str:
-    share = (depth - least) / max(1, layers - least)
-    return f'<span style="--depth:{share:.2f}" title="{html.escape(title)}">{text}</span>'
+def escape(text: str) -> str:
+    return html.escape(printable(text))
 
 
-def draw(record: dict, number: int) -> str:
-    """A record as HTML: its text shaded by depth, and below it the map, a line a layer."""
-    layers = record["num_hidden_layers"]
-    routed = record["routing_layers"]
-    least = layers - len(routed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    out = [f"<h2>{number}. {html.escape(printable(record.get('task', '')))}</h2>\n"]
-    for name in ("prompt", "answer"):
-        part = record[name]
-        mean = sum(part["layers"]) / len(part["layers"])
-        out.append(f"<small>{name}: {len(part['ids'])} tokens, {mean:.2f} layers on average"
-                   "</small>\n<pre>")
-        for i, (text, depth) in enumerate(zip(part["texts"], part["layers"])):
-            whole = text.encode() if isinstance(text, str) else bytes(text)
-            shown = html.escape(printable(decoder.decode(whole))).replace("\n", "↵\n") or "·"
-            title = f"{printable(repr(text))}: {depth} of {layers} layers"
-            if "gates" in part:
-                title += f"\ngates {part['gates'][i]}"
-            out.append(span(shown, depth, least, layers, title))
-        out.append("</pre>\n")
+def draw(part: dict, head: dict) -> str:
+    """The prompt or the answer of a record: its text, each token shaded by its depth, and its map,
+    a line for each layer with a cell for each token."""
+    layers = head["num_hidden_layers"]
+    routed = head["routing_layers"]
+    decoder = utf8_decoder()
+    drawn = ["<pre>"]
+    for i, (text, depth) in enumerate(zip(part["texts"], part["layers"])):
+        whole = text.encode() if isinstance(text, str) else bytes(text)
+        shown = escape(decoder.decode(whole)).replace("\n", "↵\n") or "·"
+        title = f"{text!r}: {depth} of {layers} layers"
+        if "gates" in part:
+            title += f"\ngates {part['gates'][i]}"
+        share = share_of_depth(depth, head)
+        drawn.append(f'<span style="--depth:{share:.2f}" title="{escape(title)}">{shown}</span>')
 
-    # The prompt's last position predicts the answer's first token. It is in both lists.
-    positions = record["prompt"]["decisions"] + record["answer"]["decisions"][1:]
-    begin = len(record["prompt"]["ids"]) - 1
-    out.append('<pre class="map">')
+    drawn.append('</pre>\n<pre class="map">')
     for layer in reversed(range(layers)):
-        row = "▒" * len(positions)
+        cells = "▒" * len(part["ids"])
         if layer in routed:
-            row = "".join("░█"[int(kept[routed.index(layer)])] for kept in positions)
-        out.append(f"{layer:3} {row[:begin]}│{row[begin:]}\n")
-    return "".join([*out, "</pre>\n"])
+            bits = [decision[routed.index(layer)] for decision in part["decisions"]]
+            cells = "".join(bits).replace("0", "░").replace("1", "█")
+        drawn.append(f"{layer:3} {cells}\n")
+    return "".join([*drawn, "</pre>\n"])
 
 
 def write_page(file: Path, shared: dict, records: list[dict]) -> None:
     """The page of all records. It appears under its name only when it is complete."""
-    layers = shared["num_hidden_layers"]
-    least = layers - len(shared["routing_layers"])
-    depths = "".join(span(f"&nbsp;{depth}&nbsp;", depth, least, layers, "")
-                     for depth in range(least, layers + 1))
-    caption = "all layers for every token"
-    if shared["flexidepth"]:
-        caption = f"gates of {shared['flexidepth']}, threshold {shared['threshold']}"
-    title = html.escape(printable(f"{shared['model']}, {caption}"))
-    body = [draw(record, number) for number, record in enumerate(records, 1)]
-    head = f"<p>{title}<p>{depths} of {layers} layers\n"
-    page = "".join([PAGE, head, LEGEND, *body, "</html>\n"])
+    page = PAGE + f"<p>{escape(describe(shared))}\n"
+    for number, record in enumerate(records, 1):
+        page += f"<h2>{number}. {escape(record.get('task', ''))}</h2>\n"
+        for name in ("prompt", "answer"):
+            page += f"{name}: {mean_depth(record[name], record)}\n{draw(record[name], record)}"
     with whole_file(file) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        temporary.write_text(page, encoding="utf-8")
 
 
 # ---- All together --------------------------------------------------------------------------------
-def ask(question: str) -> str | None:
-    """A line from the terminal or a pipe, None at its end."""
-    if sys.stdin.isatty():
-        print(question, end="", flush=True)
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
-
-
 def main() -> None:
     args = parse_args()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it is None where it was closed
@@ -436,82 +505,36 @@ def main() -> None:
     prompts = [] if args.chat else read_prompts(args)
     model, shared = load(args)
     context = model.config.max_position_embeddings
+    print(describe(shared))
+
     printer = Printer(tokenizer, shared, args.show_depth)
-    # Answers appear in the terminal unless another view is all that is asked for.
-    printing = args.show_depth or args.chat or not (args.depth_map or args.html)
     if args.show_depth:
         print(printer.legend())
 
-    def run(heads: list[dict], ids: list[list[int]]) -> list[dict]:
-        """The records of prompts of one length; printed, and appended to the depth map."""
-        def write(tokens, depths):
-            if printing and len(heads) == 1:
-                printer.write(tokens.item(), depths.item())
-
-        if printing and len(heads) == 1:
-            print_question(heads[0])
-        made = make_records(model, tokenizer, heads, ids, write)
-        for record in made:
-            if printing and len(heads) > 1:
-                print_question(record)
-                for token, depth in zip(record["answer"]["ids"], record["answer"]["layers"]):
-                    printer.write(token, depth)
-            if printing:
-                printer.end(record)
-        if args.depth_map:
-            with open(args.depth_map, "ab") as file:
-                for record in made:
-                    file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        return made
-
-    def print_question(head: dict) -> None:
-        printer.start()
-        asked = head["text"] if args.raw else head["messages"][-1]["content"]
-        print(f"\n> {printable(asked.strip())}")
-
+    heads = [shared | {"seed": args.seed + i} | prompt for i, prompt in enumerate(prompts)]
     records = []
+    if args.depth_map:
+        records = resume_depth_map(args.depth_map, heads)
+    if args.chat:
+        batches = batches_of_chat(args, tokenizer, context, shared, records)
+    else:
+        done = {record["seed"] for record in records}
+        heads = [head for head in heads if head["seed"] not in done]
+        batches = batches_of_prompts(args, tokenizer, context, heads)
+
     try:
-        if args.chat:
-            messages = []
-            while (line := ask("\nyou: ")) is not None:
-                if not line.strip():
-                    continue
-                asked = [*messages, {"role": "user", "content": line}]
-                dropped = 0
-                room = context - min(args.max_new_tokens, context // 4)
-                while len(asked) > 1 and len(encode(tokenizer, {"messages": asked})) > room:
-                    del asked[:2]
-                    dropped += 2
-                ids = encode(tokenizer, {"messages": asked})
-                if len(ids) > context:
-                    print(f"(not sent: it has {len(ids)} tokens, and the context {context})")
-                    continue
-                if dropped:
-                    print(f"(the context is full: the oldest {dropped} messages are dropped)")
-                head = shared | {"seed": args.seed + len(records), "messages": asked}
-                records += run([head], [ids])
-                answer = [i for i in records[-1]["answer"]["ids"] if i not in tokenizer.stop_ids]
-                messages = [*asked, {"role": "assistant", "content": tokenizer.decode(answer)}]
-        else:
-            heads = [shared | {"seed": args.seed + i} | row for i, row in enumerate(prompts)]
-            encoded = [encode(tokenizer, row) for row in prompts]
-            for i, ids in enumerate(encoded):
-                if not 0 < len(ids) <= context:
-                    raise ValueError(
-                        f"prompt {i + 1} has {len(ids)} tokens; expected 1 to {context}")
+        for batch in batches:
+            # The first answer of a batch is printed as it comes, the others after it.
+            printer.begin(batch[0])
+            ids = [encode(tokenizer, head) for head in batch]
+            made = make_records(model, tokenizer, batch, ids, printer.write)
+            records += made
             if args.depth_map:
-                records = resume_depth_map(args.depth_map, heads)
-            done = {record["seed"] for record in records}
-            # Prompts of a file run in batches of one length, which need no padding. Others run one
-            # by one, so that their answers appear token by token.
-            groups = defaultdict(list)
-            for head, ids in zip(heads, encoded):
-                if head["seed"] not in done:
-                    groups[len(ids) if args.prompt_file else head["seed"]].append((head, ids))
-            for group in groups.values():
-                for i in range(0, len(group), args.batch_size):
-                    batch = group[i:i + args.batch_size]
-                    records += run([head for head, _ in batch], [ids for _, ids in batch])
+                with open(args.depth_map, "a") as file:
+                    file.writelines(json.dumps(record) + "\n" for record in made)
+            printer.end(made[0])
+            for record in made[1:]:
+                printer.show(record)
     finally:
         if args.html and records:
             records.sort(key=lambda record: record["seed"])

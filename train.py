@@ -56,14 +56,14 @@ from flexidepth import (
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 RECIPES = {
     # The paper's, for Llama-3-8B-Instruct.
-    "paper": dict(alpha=1e-3, open_warmup=0.0, lr=1e-4, beta2=0.999, clip=0.0, epochs=3.0,
-                  batch_size=64, micro_batch_size=1, seq_len=2048, answers_only=False),
+    "paper": dict(alpha=1e-3, falling_alpha=False, open_warmup=0.0, lr=1e-4, beta2=0.999, clip=0.0,
+                  epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048, answers_only=False),
     # For a real model of a few hundred million parameters, such as SmolLM2, on a laptop.
-    "smol": dict(alpha=4e-4, open_warmup=0.1, lr=2e-3, beta2=0.999, clip=0.0, epochs=0.2,
-                 batch_size=8, micro_batch_size=2, seq_len=256, answers_only=True),
+    "smol": dict(alpha=8e-4, falling_alpha=True, open_warmup=0.1, lr=5e-4, beta2=0.999, clip=0.0,
+                 epochs=0.4, batch_size=8, micro_batch_size=2, seq_len=256, answers_only=True),
     # For tests/tiny-llama.
-    "tiny": dict(alpha=3.5e-4, open_warmup=0.0, lr=5e-3, beta2=0.999, clip=0.0, epochs=7.35,
-                 batch_size=32, micro_batch_size=32, seq_len=256, answers_only=True),
+    "tiny": dict(alpha=3.5e-4, falling_alpha=False, open_warmup=0.0, lr=5e-3, beta2=0.999, clip=0.0,
+                 epochs=7.35, batch_size=32, micro_batch_size=32, seq_len=256, answers_only=True),
 }
 RECIPE_HELP = f"defaults of the options below: {', '.join(RECIPES)} (default: by the model's size)"
 
@@ -102,6 +102,8 @@ def parse_args() -> argparse.Namespace:
         help="less memory, more time: compute routed layers again for their gradients")
     add("--recipe", choices=RECIPES, help=RECIPE_HELP)
     add("--alpha", type=float, help="price of depth, the weight of L_skip")
+    add("--falling-alpha", action=argparse.BooleanOptionalAction,
+        help="let alpha rise and fall with the learning rate")
     add("--open-warmup", type=float,
         help="share of the steps, at first, in which every token runs every layer")
     add("--lr", type=float, help="peak learning rate")
@@ -573,8 +575,8 @@ def main() -> None:
 
     # A checkpoint is taken only by the run that it is of: by what is trained, on what, and how. How
     # a batch is cut may change between a stop and --resume.
-    names = ("alpha", "open_warmup", "lr", "beta2", "clip", "batch_size", "seq_len",
-             "answers_only", "seed", "steps")
+    names = ("alpha", "falling_alpha", "open_warmup", "lr", "beta2", "clip", "batch_size",
+             "seq_len", "answers_only", "seed", "steps")
     fingerprint = {name: getattr(args, name) for name in names} | {"model": asdict(config)}
     fingerprint["dtype"] = str(model.model.embed_tokens.weight.dtype)
     data_hash = hashlib.sha256()
@@ -604,8 +606,14 @@ def main() -> None:
         step_started = time.time()
         # The learning rate rises over 3 % of the steps, and falls to zero along a cosine.
         warm_up = min(1, step / (0.03 * steps))
-        lr = args.lr * min(warm_up, (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
+        share = min(warm_up, (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
+        lr = args.lr * share
         optimizer.param_groups[0]["lr"] = lr
+        # With --falling-alpha the price of depth does the same: while it is high, layers are given
+        # up; when it is low, the model recovers without them, or opens those that it needs again.
+        alpha = args.alpha
+        if args.falling_alpha:
+            alpha *= share
         # A layer that no token runs gets no gradient from L_lm that could open its gates. With
         # --open-warmup all tokens run all layers at first, scaled by the gates, which then open.
         route = keep_all if step <= args.open_warmup * steps else "learned"
@@ -627,7 +635,7 @@ def main() -> None:
             losses, _, gates, kept = token_losses(input_ids, targets, route)
             lm_loss = losses.sum() / counted_tokens                               # L_lm
             gate_loss = skip_loss(gates, real) * real.sum() / real_tokens         # L_skip
-            (lm_loss + args.alpha * gate_loss).backward()
+            (lm_loss + alpha * gate_loss).backward()
             parts = torch.stack([lm_loss.detach(), gate_loss.detach()])
             figures += torch.cat([parts, kept[real].sum(0) / real_tokens]) / WORLD
 
@@ -646,7 +654,8 @@ def main() -> None:
         layers = config.num_hidden_layers - len(kept_shares) + sum(kept_shares)
         speed = sum(len(row.ids) for row in batch) / (time.time() - step_started)
         note = {"step": step, "lm_loss": lm, "skip_loss": skip, "layers": layers,
-                "kept": kept_shares, "grad_norm": norm.item(), "lr": lr, "tokens_per_s": speed}
+                "kept": kept_shares, "grad_norm": norm.item(), "lr": lr, "alpha": alpha,
+                "tokens_per_s": speed}
         if held_out and args.eval_every and step % args.eval_every == 0 and step < steps:
             note["valid"] = evaluate(token_losses, held_out, config, args)
             print_table(note["valid"], config.num_hidden_layers)

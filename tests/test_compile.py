@@ -1,4 +1,5 @@
 """Compiled decoding must give the tokens and depths of plain decoding."""
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,22 @@ def test_batches_and_other_routes_still_run(models):
                              generate(compiled, prompt, 4, route=route)))
             for expected, got in steps:
                 assert torch.equal(torch.stack(expected), torch.stack(got))
+
+
+def test_the_option_of_sample_py(tmp_path):
+    """--compile would not reach the model, or the records would miss what compiled layers do."""
+    found = []
+    for options in ([], ["--compile"]):
+        file = tmp_path / f"map{len(options)}.jsonl"
+        subprocess.run(
+            [sys.executable, "sample.py", "--flexidepth", "tests/tiny-llama", "--prompt",
+             "37 + 48 =", "--gates", "--depth-map", file, *options],
+            cwd=TINY.parent.parent, check=True, capture_output=True)
+        found.append(json.loads(file.read_text()))
+    plain, compiled = (record["answer"] for record in found)
+    assert plain["decisions"] == compiled["decisions"] and plain["ids"] == compiled["ids"]
+    for expected, gates in zip(plain["gates"], compiled["gates"], strict=True):
+        assert gates == pytest.approx(expected, abs=2e-4)
 
 
 def test_without_a_compiler_one_line_says_so(tmp_path):

@@ -144,6 +144,22 @@ def test_all_layers_run_in_the_warm_up(train_in, tmp_path):
     assert second["layers"] < 11.9 and third["layers"] < 11.9
 
 
+def test_alpha_falls_with_the_learning_rate(train_in, tmp_path):
+    """--falling-alpha would change what is noted and not the gradient, or not fall. The second of
+    two steps has half of the learning rate, and the rate 0 keeps both runs at the same gates."""
+    norms = {}
+    for alpha, option in ((0.2, "--falling-alpha"), (0.1, "--no-falling-alpha")):
+        folder = tmp_path / option
+        folder.mkdir()
+        settings = ("--steps", 2, "--lr", 0, "--alpha", alpha, option)
+        assert train_in(folder, *settings) is None
+        lines = notes(folder / "out")
+        assert lines[1]["alpha"] == pytest.approx(0.1)
+        norms[option] = [line["grad_norm"] for line in lines]
+    falling, constant = norms.values()
+    assert falling[0] > 1.5 * constant[0] and falling[1] == pytest.approx(constant[1])
+
+
 @pytest.mark.parametrize("option", ["--epochs", "--steps"])
 def test_no_steps_change_nothing(train_in, tmp_path, capsys, option):
     """An evaluation alone would write other routers and adapters than it was given."""
