@@ -452,8 +452,9 @@ class FlexiDepth(nn.Module):
 
         x = self.model.embed_tokens(input_ids)                                    # (B, T, D)
         angle = torch.arange(start, end, device="cpu")[:, None] * self.frequencies    # (T, d/2)
-        cos = angle.cos().to(x, non_blocking=True)
-        sin = angle.sin().to(x, non_blocking=True)
+        # On CUDA the host need not wait for the copies. Elsewhere that would not be safe.
+        cos = angle.cos().to(x, non_blocking=x.is_cuda)
+        sin = angle.sin().to(x, non_blocking=x.is_cuda)
         rotation = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)          # (T, d) each
 
         gates = []
@@ -603,18 +604,20 @@ def compile_decode(model: FlexiDepth) -> None:
     global products_as_sums
     x = model.model.embed_tokens.weight[:1]
     mlps = [torch.compile(layer.mlp) for layer in model.model.layers]
+    ways = [False]
+    if x.device.type == "cpu":  # it depends on the processor which way is faster
+        ways.append(True)
     seconds = {}
     try:
         with torch.inference_mode():
-            for products_as_sums in (True, False):
+            for products_as_sums in ways:
                 mlps[0](x)  # compiles the code of all of them
                 seconds[products_as_sums] = min(timeit.repeat(
                     lambda: [mlp(x) for mlp in mlps], number=1))
     except Exception as error:  # a missing compiler shows in many ways
         raise ValueError(f"torch.compile does not work here ({str(error)[:100]!r}); it needs a C++ "
                          "compiler, and Triton on a GPU") from None
-    # It depends on the processor which is faster.
-    products_as_sums = seconds[True] < seconds[False] and x.device.type == "cpu"
+    products_as_sums = min(seconds, key=seconds.get)
 
     compiled_layer = torch.compile(decode_layer)
     compiled_head = torch.compile(model.head)
@@ -636,7 +639,7 @@ def decode_or_run(compiled_layer: Callable, layer: DecoderLayer, eager: Callable
     """DecoderLayer.forward of a compiled model: only a single token takes the compiled code."""
     if cache is None or callable(route) or x.shape[:2] != (1, 1):
         return eager(x, rotation, cache, route)
-    place = torch.tensor([cache.length], device=x.device)
+    place = torch.full((1,), cache.length, device=x.device)
     keys = cache.keys[layer.index]                                                # (1, K, S, d)
     values = cache.values[layer.index]
     return compiled_layer(layer, x, rotation, keys, values, place, route)
