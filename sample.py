@@ -446,7 +446,7 @@ h2 { font-size: 1rem; border-top: 1px solid #8886; padding-top: 1rem }
 pre { font: inherit; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere }
 span { padding: .15em 0; border-right: 1px solid Canvas;
        background: rgb(40 120 240 / calc(.75 * var(--depth))) }
-.map { font: 14px/14px monospace; white-space: pre; overflow-x: auto; color: #3274c7 }
+.map { font: 14px/14px monospace; white-space: pre; overflow: auto hidden; color: #3274c7 }
 </style>
 <h1>Layers used by each token</h1>
 <p>The stronger its blue, the more layers a token used. A token of a prompt has the depth of the

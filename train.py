@@ -56,14 +56,17 @@ from flexidepth import (
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 RECIPES = {
     # The paper's, for Llama-3-8B-Instruct.
-    "paper": dict(alpha=1e-3, falling_alpha=False, open_warmup=0.0, lr=1e-4, beta2=0.999, clip=0.0,
-                  epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048, answers_only=False),
+    "paper": dict(alpha=1e-3, falling_alpha=False, open_warmup=0.0, lr=1e-4, router_lr=1.0,
+                  beta2=0.999, clip=0.0, epochs=3.0, batch_size=64, micro_batch_size=1,
+                  seq_len=2048, answers_only=False),
     # For a real model of a few hundred million parameters, such as SmolLM2, on a laptop.
-    "smol": dict(alpha=8e-4, falling_alpha=True, open_warmup=0.1, lr=5e-4, beta2=0.999, clip=0.0,
-                 epochs=0.4, batch_size=8, micro_batch_size=2, seq_len=256, answers_only=True),
+    "smol": dict(alpha=8e-4, falling_alpha=True, open_warmup=0.1, lr=2e-3, router_lr=0.1,
+                 beta2=0.999, clip=0.0, epochs=0.34, batch_size=8, micro_batch_size=2,
+                 seq_len=256, answers_only=True),
     # For tests/tiny-llama.
-    "tiny": dict(alpha=3.5e-4, falling_alpha=False, open_warmup=0.0, lr=5e-3, beta2=0.999, clip=0.0,
-                 epochs=7.35, batch_size=32, micro_batch_size=32, seq_len=256, answers_only=True),
+    "tiny": dict(alpha=3.5e-4, falling_alpha=False, open_warmup=0.0, lr=5e-3, router_lr=1.0,
+                 beta2=0.999, clip=0.0, epochs=7.35, batch_size=32, micro_batch_size=32,
+                 seq_len=256, answers_only=True),
 }
 RECIPE_HELP = f"defaults of the options below: {', '.join(RECIPES)} (default: by the model's size)"
 
@@ -107,6 +110,7 @@ def parse_args() -> argparse.Namespace:
     add("--open-warmup", type=float,
         help="share of the steps, at first, in which every token runs every layer")
     add("--lr", type=float, help="peak learning rate")
+    add("--router-lr", type=float, help="learning rate of the routers, as a share of --lr")
     add("--beta2", type=float, help="decay of the second moments of AdamW")
     add("--clip", type=float, help="largest norm of the gradients; 0: no clipping")
     add("--epochs", type=float, help="passes over the data; 0 only evaluates")
@@ -124,8 +128,8 @@ def parse_args() -> argparse.Namespace:
     for name in ("batch_size", "micro_batch_size", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    for name in ("alpha", "open_warmup", "lr", "beta2", "clip", "epochs", "steps", "eval_every",
-                 "seed"):
+    for name in ("alpha", "open_warmup", "lr", "router_lr", "beta2", "clip", "epochs", "steps",
+                 "eval_every", "seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**63:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
     args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // WORLD))
@@ -575,8 +579,8 @@ def main() -> None:
 
     # A checkpoint is taken only by the run that it is of: by what is trained, on what, and how. How
     # a batch is cut may change between a stop and --resume.
-    names = ("alpha", "falling_alpha", "open_warmup", "lr", "beta2", "clip", "batch_size",
-             "seq_len", "answers_only", "seed", "steps")
+    names = ("alpha", "falling_alpha", "open_warmup", "lr", "router_lr", "beta2", "clip",
+             "batch_size", "seq_len", "answers_only", "seed", "steps")
     fingerprint = {name: getattr(args, name) for name in names} | {"model": asdict(config)}
     fingerprint["dtype"] = str(model.model.embed_tokens.weight.dtype)
     data_hash = hashlib.sha256()
@@ -588,9 +592,13 @@ def main() -> None:
                            for p in model.parameters() if not p.requires_grad]
 
     token_losses = distribute(model, args)
-    trained = [p for p in model.parameters() if p.requires_grad]  # FSDP has put new ones in place
+    named = list(model.named_parameters())  # FSDP has put new ones in place
+    routers = [p for name, p in named if ".router." in name]
+    adapters = [p for name, p in named if ".router_proj." in name]
+    trained = routers + adapters
     optimizer = torch.optim.AdamW(
-        trained, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
+        [{"params": routers}, {"params": adapters}], lr=args.lr, betas=(0.9, args.beta2),
+        weight_decay=0.0, fused=True)
     begin = 0
     if resuming:
         begin = load_checkpoint(checkpoint_file, model, optimizer, fingerprint)
@@ -608,7 +616,9 @@ def main() -> None:
         warm_up = min(1, step / (0.03 * steps))
         share = min(warm_up, (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
         lr = args.lr * share
-        optimizer.param_groups[0]["lr"] = lr
+        of_routers, of_adapters = optimizer.param_groups
+        of_routers["lr"] = lr * args.router_lr
+        of_adapters["lr"] = lr
         # With --falling-alpha the price of depth does the same: while it is high, layers are given
         # up; when it is low, the model recovers without them, or opens those that it needs again.
         alpha = args.alpha

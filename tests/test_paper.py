@@ -16,6 +16,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "tiny-llama"
 sys.path += [str(HERE / "paper"), str(TINY)]
+import batches  # noqa: E402
 import depth_by_kind  # noqa: E402
 import make  # noqa: E402
 import reproduce  # noqa: E402
@@ -64,9 +65,10 @@ def test_readme_has_the_tables_of_the_results():
     """A figure of tests/paper/README.md was typed by hand, or is of an older run."""
     made = tables.make_tables(json.loads((HERE / "paper" / "results.json").read_text()))
     made |= smollm2.make_tables(json.loads((HERE / "paper" / "smollm2.json").read_text()))
+    made |= batches.make_tables(json.loads((HERE / "paper" / "batches.json").read_text()))
     readme = (HERE / "paper" / "README.md").read_text()
     found = re.findall(r"<!-- (?!end)(\w+) -->\n\n(.*?)\n\n<!-- end -->", readme, re.DOTALL)
-    assert len(found) == 8
+    assert len(found) == 9
     assert dict(found) == made
     assert tables.fill(readme, made) == readme
 
@@ -402,6 +404,36 @@ def test_depth_by_kind_refuses_other_files(tmp_path, monkeypatch, text, message)
     monkeypatch.setattr(sys, "argv", ["depth_by_kind.py", str(file)])
     with pytest.raises(ValueError, match=message):
         depth_by_kind.main()
+
+
+# ---- batches.py ----------------------------------------------------------------------------------
+def test_sequences_that_agree_follow_their_mean():
+    """A layer runs for some sequences and not for others, or a position decides for another."""
+    gate = torch.tensor([[0.9, 0.4, 0.1], [0.2, 0.7, 0.4]])                       # (B, T)
+    kept = batches.agree(0.5)(3, gate)
+    assert kept.tolist() == [[True, True, False]] * 2
+
+
+def test_ideals_of_a_batch_by_hand(model, ids):
+    """A layer that one sequence needs counts as spared, or prompts count as decoded tokens."""
+    layer = model.model.layers[2]
+    full = 48 * 48 * 2 + 3 * 48 * 96       # q_proj, o_proj and the mlp
+    adapter = 3 * 48 * 6
+    router = sum(p.numel() for p in layer.router.parameters())
+    always = 50 * 48 + 48 + 4 * (2 * 48 * 16 + 2 * 48) + 2 * full  # head, norms, k, v, plain layers
+    kept = torch.tensor([[[True, False], [False, False]]])         # one step, (1, B, R)
+    by_bytes, by_flops = batches.ideals(model, kept)
+    all_layers = always + 2 * full
+    both = always + 2 * router
+    assert by_bytes == pytest.approx(all_layers / (both + full + 2 * adapter), rel=1e-6)
+    assert by_flops == pytest.approx(all_layers / (both + (full + 3 * adapter) / 2), rel=1e-6)
+
+    rule = batches.learned(0.5)
+    decided = batches.decisions(model, ids, rule)
+    assert decided.shape == (batches.NEW_TOKENS - 1, 2, 2)
+    tokens = [token for token, _ in batches.generate(model, ids, batches.NEW_TOKENS)]
+    out = model(torch.cat([ids, torch.stack(tokens[:-1], 1)], 1))
+    assert torch.equal(out.kept[:, 9:].transpose(0, 1), decided)
 
 
 # ---- make.py -------------------------------------------------------------------------------------

@@ -160,6 +160,16 @@ def test_alpha_falls_with_the_learning_rate(train_in, tmp_path):
     assert falling[0] > 1.5 * constant[0] and falling[1] == pytest.approx(constant[1])
 
 
+def test_the_routers_have_a_learning_rate_of_their_own(train_in, tmp_path):
+    """--router-lr would reach the adapters, or not the routers. At 0 the routers stay."""
+    assert train_in(tmp_path, "--steps", 2, "--router-lr", 0, "--flexidepth", TINY) is None
+    before = load_file(TINY / "flexidepth.safetensors")
+    after = load_file(tmp_path / "out" / "flexidepth.safetensors")
+    for name, tensor in after.items():
+        same = torch.equal(tensor, before[name].float())
+        assert same == (".router." in name), name
+
+
 @pytest.mark.parametrize("option", ["--epochs", "--steps"])
 def test_no_steps_change_nothing(train_in, tmp_path, capsys, option):
     """An evaluation alone would write other routers and adapters than it was given."""

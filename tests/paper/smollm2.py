@@ -43,13 +43,13 @@ def mean(table: dict, key: str) -> float:
 
 # ---- Quality -------------------------------------------------------------------------------------
 @torch.no_grad()
-def loss_of(model: FlexiDepth, rows: Rows, route: Route) -> float:
+def loss_of(model: FlexiDepth, rows: Rows, route: Route, batch_size: int = BATCH_SIZE) -> float:
     """Held-out loss with another route, mean over tasks."""
     token_losses = TokenLosses(model)
     by_task = defaultdict(list)
     order = np.argsort(rows.lengths)
-    for start in range(0, len(order), BATCH_SIZE):
-        batch = [rows[i] for i in order[start:start + BATCH_SIZE]]
+    for start in range(0, len(order), batch_size):
+        batch = [rows[i] for i in order[start:start + batch_size]]
         input_ids, targets, _ = collate(batch, "cpu")
         losses, _, _, _ = token_losses(input_ids, targets, route)
         counts = (targets != -100).sum(1).tolist()
