@@ -41,7 +41,8 @@ class RecordingAdamW(torch.optim.AdamW):
         def whole(gradient):
             return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
 
-        RecordingAdamW.gradients = [whole(p.grad) for p in self.param_groups[0]["params"]]
+        RecordingAdamW.gradients = [
+            whole(p.grad) for group in self.param_groups for p in group["params"]]
         return super().step(*arguments)
 
 
