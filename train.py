@@ -60,7 +60,7 @@ RECIPES = {
                   beta2=0.999, clip=0.0, epochs=3.0, batch_size=64, micro_batch_size=1,
                   seq_len=2048, answers_only=False),
     # For a real model of a few hundred million parameters, such as SmolLM2, on a laptop.
-    "smol": dict(alpha=8e-4, falling_alpha=True, open_warmup=0.1, lr=2e-3, router_lr=0.1,
+    "smol": dict(alpha=1.5e-3, falling_alpha=True, open_warmup=0.1, lr=2e-3, router_lr=0.1,
                  beta2=0.999, clip=0.0, epochs=0.34, batch_size=8, micro_batch_size=2,
                  seq_len=256, answers_only=True),
     # For tests/tiny-llama.

@@ -408,10 +408,42 @@ def test_depth_by_kind_refuses_other_files(tmp_path, monkeypatch, text, message)
 
 # ---- batches.py ----------------------------------------------------------------------------------
 def test_sequences_that_agree_follow_their_mean():
-    """A layer runs for some sequences and not for others, or a position decides for another."""
+    """A layer runs for some sequences and not for others, a position decides for another, or
+    padding has a say."""
     gate = torch.tensor([[0.9, 0.4, 0.1], [0.2, 0.7, 0.4]])                       # (B, T)
     kept = batches.agree(0.5)(3, gate)
     assert kept.tolist() == [[True, True, False]] * 2
+    real = torch.tensor([[True, True, True], [True, False, False]])
+    kept = batches.agree(0.5, real)(3, gate)
+    assert kept.tolist() == [[True, False, False]] * 2
+
+
+def test_layers_that_nobody_needs():
+    """A layer that some sequence needs in a step counts as spared, or one that none needs not."""
+    kept = torch.tensor([[[True, False, False], [False, False, True]],
+                         [[False, False, False], [False, False, True]]])          # (2, B, R)
+    assert batches.spared(kept) == 3 / 6  # layer 1 in the first step, layers 0 and 1 in the second
+
+
+def test_quality_agrees_with_train():
+    """Loss or exact match are counted in another way than by train.py, or padding changes them."""
+    every = reproduce.read(TINY, "valid")
+    few = []
+    for task in tables.TASKS:
+        few += [row for row in every if row.task == task][:4]
+    torch.manual_seed(0)
+    model = FlexiDepth.from_pretrained(TINY)
+
+    class Few(list):
+        lengths = np.array([len(row.ids) for row in few])
+
+    expected = evaluate(TokenLosses(model), Few(few), model.config,
+                        Namespace(micro_batch_size=7, device="cpu"))
+    for rule, prefix in (("full", "base_"), ("learned", ""), ("agree", "")):
+        # In batches of one row "agree" is "learned".
+        loss, exact = batches.quality(model, Few(few), rule, 1 if rule == "agree" else 7)
+        assert loss == pytest.approx(smollm2.mean(expected, f"{prefix}loss"), rel=1e-4)
+        assert exact == pytest.approx(smollm2.mean(expected, f"{prefix}exact"))
 
 
 def test_ideals_of_a_batch_by_hand(model, ids):
@@ -428,8 +460,7 @@ def test_ideals_of_a_batch_by_hand(model, ids):
     assert by_bytes == pytest.approx(all_layers / (both + full + 2 * adapter), rel=1e-6)
     assert by_flops == pytest.approx(all_layers / (both + (full + 3 * adapter) / 2), rel=1e-6)
 
-    rule = batches.learned(0.5)
-    decided = batches.decisions(model, ids, rule)
+    decided = batches.decisions(model, ids, "learned")
     assert decided.shape == (batches.NEW_TOKENS - 1, 2, 2)
     tokens = [token for token, _ in batches.generate(model, ids, batches.NEW_TOKENS)]
     out = model(torch.cat([ids, torch.stack(tokens[:-1], 1)], 1))
