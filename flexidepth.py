@@ -174,7 +174,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-# How compile_decode lets a single token be multiplied; it takes the faster way.
+# Whether compiled code multiplies a single token by a sum. compile_decode sets it to what is faster.
 products_as_sums = False
 
 
@@ -374,7 +374,7 @@ class DecoderLayer(nn.Module):
             kept = route(self.index, rounded).bool().expand_as(rounded)
         g = rounded[..., None]                                                    # (B, T, 1)
 
-        N = int(kept.sum())  # the only wait for the device; with N known, nothing below waits
+        N = int(kept.sum())  # the layer's only wait for the device; nothing below waits
         if not torch.is_grad_enabled():
             # If all tokens go one way, as a single token always does, nothing is gathered, and the
             # weights of the other path are not read.
@@ -554,7 +554,8 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
              stop_ids: Iterable[int] = (), route: Route = "learned"
              ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield token and depth, int64 (B,) each, after prompts (B, T) of one length. The depth is that
-    of the position that predicted the token. Prompts and answers are both routed.
+    of the position that predicted the token. Prompts and answers are both routed. After
+    compile_decode(model) single tokens run compiled code.
 
     Ends when each row has had a token of stop_ids, after max_new_tokens, or at the end of the
     context. A row that has had one goes on until all have: what it yields then means nothing.
@@ -596,11 +597,11 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
 
 # ---- Compiled decoding ---------------------------------------------------------------------------
 def compile_decode(model: FlexiDepth) -> None:
-    """Let torch.compile make the code that `generate` runs for a single token, one function a layer
-    and the head. Compiling takes some seconds, at the first tokens. The same sums are added in
-    another order, so that the last bits of logits and gates change. Prompts, batches, and routes
-    that are functions run as before. ValueError if there is no compiler (C++, or Triton on a GPU).
-    """
+    """Let torch.compile make the code that `generate` runs for a single token: one function for a
+    layer, and one for the head. Compiling takes some seconds, now and at the first tokens. Sums are
+    added in another order then, so that the last bits of logits and gates change. Prompts, batches,
+    and routes that are functions run as before. ValueError if there is no compiler: it takes a C++
+    compiler, and on a GPU Triton as well."""
     global products_as_sums
     x = model.model.embed_tokens.weight[:1]
     mlps = [torch.compile(layer.mlp) for layer in model.model.layers]
@@ -647,9 +648,10 @@ def decode_or_run(compiled_layer: Callable, layer: DecoderLayer, eager: Callable
 
 def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
                  place: Tensor, route: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """DecoderLayer.forward for x (1, 1, D), with all that the compiler can't see through put in
-    other words: the decision is a torch.cond; the new token's place (1,) in the cache is a tensor;
-    attention is to all of the cache (1, K, max_length, d), with a mask for the part in use."""
+    """DecoderLayer.forward for a single token x (1, 1, D), in a form that compiles as a whole. A
+    decision by the host would cut the code in pieces, so that it is a torch.cond here. A cache that
+    grows would need new code for each length, so that attention is to the whole cache, keys and
+    values (1, K, max_length, d), under a mask, and the token's place (1,) in it is a tensor."""
     h = layer.input_layernorm(x)
     k, v = layer.self_attn.keys_values(h, rotation)
     keys.index_copy_(2, place, k)

@@ -31,6 +31,7 @@ from reproduce import BareLayer, rate_of  # noqa: E402
 from tables import fill, markdown  # noqa: E402
 
 BATCH_SIZE = 8
+LAYERS = 30       # of SmolLM2-135M
 ROUNDS = 5        # of each prompt with learned gates and with all layers
 PROMPTS = 6       # that are timed
 NEW_TOKENS = 24   # decoded for each
@@ -115,6 +116,16 @@ def depth_by_kind(model: FlexiDepth, tokenizer: Tokenizer, rows: Rows) -> dict[s
             for group, found in sorted(depths.items())}
 
 
+@torch.no_grad()
+def depth_with_prompts(model: FlexiDepth, rows: Rows) -> float:
+    """Mean depth of all tokens of the rows, those of prompts included."""
+    depths = []
+    for row in (rows[i] for i in range(len(rows))):
+        _, _, kept = model.hidden_states(torch.from_numpy(row.ids[None, :-1]).long())
+        depths += layers_used(kept[0], model.config).tolist()
+    return fmean(depths)
+
+
 # ---- Time ----------------------------------------------------------------------------------------
 def bytes_of_token(model: FlexiDepth, depth: float, routed: bool) -> float:
     """Bytes of the weights that a token of this mean depth uses, the head included."""
@@ -164,12 +175,13 @@ def make_tables(results: dict) -> dict[str, str]:
         timed = run["time"]
         rows.append([
             f"{run['alpha']:g}", f"{run['layers']:.2f}", f"{run['skipped']:.1%}",
+            f"{run['layers_with_prompts']:.2f}", f"{1 - run['layers_with_prompts'] / LAYERS:.1%}",
             f"{run['loss']:.3f}", f"{run['loss'] / run['base_loss'] - 1:+.1%}",
             f"{run['same']:.1%}",
             f"{run['coin_loss']:.3f}", f"{run['bare_loss']:.3f}", f"{run['first_loss']:.3f}",
             f"{timed['gain']:.2f}", f"{timed['ideal']:.2f}"])
-    head = ["alpha", "layers used", "skipped", "loss", "over the base", "next tokens as the base",
-            "loss: coin for gate", "coin, no adapter", "last layers dropped",
+    head = ["alpha", "layers used, answers", "skipped", "with prompts", "skipped", "loss",
+            "over the base", "next tokens as the base", "loss: coin for gate", "coin, no adapter", "last layers dropped",
             "speed over all layers", "ideal by bytes"]
     quality = markdown(head, rows)
 
@@ -208,6 +220,7 @@ def main() -> None:
             runs.append({
                 "alpha": settings["alpha"], "steps": settings["steps"], "layers": depth,
                 "skipped": 1 - depth / model.config.num_hidden_layers,
+                "layers_with_prompts": depth_with_prompts(model, rows),
                 "base_loss": mean(table, "base_loss"), "loss": mean(table, "loss"),
                 "same": mean(table, "same"), "tasks": table,
                 "coin_loss": loss_at_random(model, rows, depth, bare=False),
