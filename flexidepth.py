@@ -174,7 +174,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-# Whether compiled code multiplies a single token by a sum. compile_decode sets it to what is faster.
+# Whether compiled code multiplies a single token by a sum; compile_decode sets what is faster.
 products_as_sums = False
 
 
