@@ -56,17 +56,17 @@ from flexidepth import (
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 RECIPES = {
     # The paper's, for Llama-3-8B-Instruct.
-    "paper": dict(alpha=1e-3, falling_alpha=False, open_warmup=0.0, lr=1e-4, router_lr=1.0,
-                  beta2=0.999, clip=0.0, epochs=3.0, batch_size=64, micro_batch_size=1,
-                  seq_len=2048, answers_only=False),
+    "paper": dict(plain_end=0, alpha=1e-3, falling_alpha=False, open_warmup=0.0, lr=1e-4,
+                  router_lr=1.0, beta2=0.999, clip=0.0, epochs=3.0, batch_size=64,
+                  micro_batch_size=1, seq_len=2048, answers_only=False),
     # For a real model of a few hundred million parameters, such as SmolLM2, on a laptop.
-    "smol": dict(alpha=1.5e-3, falling_alpha=True, open_warmup=0.1, lr=2e-3, router_lr=0.1,
-                 beta2=0.999, clip=0.0, epochs=0.34, batch_size=8, micro_batch_size=2,
-                 seq_len=256, answers_only=True),
+    "smol": dict(plain_end=1, alpha=1.5e-3, falling_alpha=True, open_warmup=0.1, lr=2e-3,
+                 router_lr=0.1, beta2=0.999, clip=0.0, epochs=0.34, batch_size=8,
+                 micro_batch_size=2, seq_len=256, answers_only=True),
     # For tests/tiny-llama.
-    "tiny": dict(alpha=3.5e-4, falling_alpha=False, open_warmup=0.0, lr=5e-3, router_lr=1.0,
-                 beta2=0.999, clip=0.0, epochs=7.35, batch_size=32, micro_batch_size=32,
-                 seq_len=256, answers_only=True),
+    "tiny": dict(plain_end=0, alpha=3.5e-4, falling_alpha=False, open_warmup=0.0, lr=5e-3,
+                 router_lr=1.0, beta2=0.999, clip=0.0, epochs=7.35, batch_size=32,
+                 micro_batch_size=32, seq_len=256, answers_only=True),
 }
 RECIPE_HELP = f"defaults of the options below: {', '.join(RECIPES)} (default: by the model's size)"
 
@@ -104,6 +104,8 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint-activations", action="store_true",
         help="less memory, more time: compute routed layers again for their gradients")
     add("--recipe", choices=RECIPES, help=RECIPE_HELP)
+    add("--plain-end", type=int,
+        help="new routers go to half of the layers, which ends so many before the last one")
     add("--alpha", type=float, help="price of depth, the weight of L_skip")
     add("--falling-alpha", action=argparse.BooleanOptionalAction,
         help="let alpha rise and fall with the learning rate")
@@ -128,8 +130,8 @@ def parse_args() -> argparse.Namespace:
     for name in ("batch_size", "micro_batch_size", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    for name in ("alpha", "open_warmup", "lr", "router_lr", "beta2", "clip", "epochs", "steps",
-                 "eval_every", "seed"):
+    for name in ("plain_end", "alpha", "open_warmup", "lr", "router_lr", "beta2", "clip", "epochs",
+                 "steps", "eval_every", "seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**63:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
     args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // WORLD))
@@ -545,9 +547,14 @@ def main() -> None:
     dtype = args.dtype and getattr(torch, args.dtype)
     if args.device == "cpu":
         dtype = dtype or torch.float32
+    folder = find_folder(args.model)
+    routing_layers = None  # those of --flexidepth, or of config.json
+    if args.flexidepth is None and "routing_layers" not in read_json(folder / "config.json"):
+        count = Config.from_json(folder / "config.json").num_hidden_layers
+        routing_layers = range(count // 2 - args.plain_end, count - args.plain_end)
     model = FlexiDepth.from_pretrained(
-        args.model, args.flexidepth, device="cpu" if args.shard else args.device, dtype=dtype,
-        trained_dtype=torch.float32)
+        args.model, args.flexidepth, routing_layers, dtype=dtype, trained_dtype=torch.float32,
+        device="cpu" if args.shard else args.device)
     config = model.config
     tokenizer = Tokenizer.from_pretrained(args.model)
     if tokenizer.vocab_size > config.vocab_size:
@@ -555,7 +562,6 @@ def main() -> None:
                          f"model {config.vocab_size}")
 
     # The data.
-    folder = find_folder(args.model)
     data = args.data or folder / "train.jsonl"
     if not args.data and not data.is_file():
         raise ValueError(f"{args.model} holds no train.jsonl; name a file of rows with --data")

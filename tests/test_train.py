@@ -170,6 +170,19 @@ def test_the_routers_have_a_learning_rate_of_their_own(train_in, tmp_path):
         assert same == (".router." in name), name
 
 
+def test_the_last_layers_stay_plain(train_in, tmp_path):
+    """--plain-end would route other layers, or be obeyed by gates that have their own."""
+    assert train_in(tmp_path, "--steps", 1, "--plain-end", 2) is None
+    again = tmp_path / "again"
+    again.mkdir()
+    gates = tmp_path / "out"
+    assert train_in(again, "--steps", 1, "--plain-end", 0, "--flexidepth", gates) is None
+    for folder in (gates, again / "out"):
+        config = json.loads((folder / "train.json").read_text())["config"]
+        assert config["routing_layers"] == [4, 5, 6, 7, 8, 9]
+    assert "expected some of 0..11" in train_in(again, "--plain-end", 7, "--out", "other")
+
+
 @pytest.mark.parametrize("option", ["--epochs", "--steps"])
 def test_no_steps_change_nothing(train_in, tmp_path, capsys, option):
     """An evaluation alone would write other routers and adapters than it was given."""
