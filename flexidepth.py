@@ -611,10 +611,10 @@ def compile_decode(model: FlexiDepth) -> None:
     seconds = {}
     try:
         with torch.inference_mode():
-            for products_as_sums in ways:
+            for way in ways:
+                products_as_sums = way
                 mlps[0](x)  # compiles the code of all of them
-                seconds[products_as_sums] = min(timeit.repeat(
-                    lambda: [mlp(x) for mlp in mlps], number=1))
+                seconds[way] = min(timeit.repeat(lambda: [mlp(x) for mlp in mlps], number=1))
     except Exception as error:  # a missing compiler shows in many ways
         raise ValueError(f"torch.compile does not work here ({str(error)[:100]!r}); it needs a C++ "
                          "compiler, and Triton on a GPU") from None

@@ -12,6 +12,11 @@ FlexiDepth.from_pretrained(model, flexidepth=out) take; train.json, the settings
 metrics.jsonl, a line a step; tokens.safetensors and tokens-valid.safetensors, the data; and, until
 the run ends, checkpoint.pt for --resume.
 
+At each routed layer a router gives a token a gate in (0, 1). Above 0.5 the token runs the layer,
+else a small adapter in its place. L_lm is the cross-entropy of the next tokens, L_skip the mean
+over tokens of (sum of the token's gates)², and alpha the price of depth. flexidepth.py has the
+equations.
+
 One step: the rows of a batch are sorted by length and cut into micro-batches, which the processes
 share. Each micro-batch adds its part to the gradients of L_lm + alpha * L_skip. Both losses are
 means over the tokens of the whole batch, so that the gradients are the same however it was cut (up
@@ -57,16 +62,16 @@ TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 RECIPES = {
     # The paper's, for Llama-3-8B-Instruct.
     "paper": dict(plain_end=0, alpha=1e-3, falling_alpha=False, open_warmup=0.0, lr=1e-4,
-                  router_lr=1.0, beta2=0.999, clip=0.0, epochs=3.0, batch_size=64,
-                  micro_batch_size=1, seq_len=2048, answers_only=False),
+                  router_lr=1.0, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
+                  answers_only=False),
     # For a real model of a few hundred million parameters, such as SmolLM2, on a laptop.
-    "smol": dict(plain_end=1, alpha=1.5e-3, falling_alpha=True, open_warmup=0.1, lr=2e-3,
-                 router_lr=0.1, beta2=0.999, clip=0.0, epochs=0.34, batch_size=8,
-                 micro_batch_size=2, seq_len=256, answers_only=True),
+    "smol": dict(plain_end=1, alpha=2e-3, falling_alpha=True, open_warmup=0.1, lr=2e-3,
+                 router_lr=0.1, epochs=0.34, batch_size=8, micro_batch_size=2, seq_len=256,
+                 answers_only=True),
     # For tests/tiny-llama.
     "tiny": dict(plain_end=0, alpha=3.5e-4, falling_alpha=False, open_warmup=0.0, lr=5e-3,
-                 router_lr=1.0, beta2=0.999, clip=0.0, epochs=7.35, batch_size=32,
-                 micro_batch_size=32, seq_len=256, answers_only=True),
+                 router_lr=1.0, epochs=7.35, batch_size=32, micro_batch_size=32, seq_len=256,
+                 answers_only=True),
 }
 RECIPE_HELP = f"defaults of the options below: {', '.join(RECIPES)} (default: by the model's size)"
 
@@ -74,8 +79,8 @@ RECIPE_HELP = f"defaults of the options below: {', '.join(RECIPES)} (default: by
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 
-GROUP = 8         # so many rows of like length stay together
-POOL = 16         # so many batches are sorted by length to find them
+GROUP = 8         # rows of like length that stay together in a batch
+POOL = 16         # batches whose rows are sorted by length to make such groups
 LOGITS = 1 << 24  # at most so many logits are computed at a time
 # Checkpoints hold whole tensors, however they were split, and none of the frozen base's.
 FULL_STATE = StateDictOptions(
@@ -103,19 +108,19 @@ def parse_args() -> argparse.Namespace:
     add("--shard", action="store_true", help="split the model too among the processes (FSDP)")
     add("--checkpoint-activations", action="store_true",
         help="less memory, more time: compute routed layers again for their gradients")
+    add("--beta2", type=float, default=0.999, help="decay of AdamW's second moments (0.999)")
+    add("--clip", type=float, default=0.0, help="largest norm of the gradients (0: no clipping)")
     add("--recipe", choices=RECIPES, help=RECIPE_HELP)
     add("--plain-end", type=int,
-        help="new routers go to half of the layers, which ends so many before the last one")
+        help="so many of the last layers stay plain; the half that is routed moves down by as many")
     add("--alpha", type=float, help="price of depth, the weight of L_skip")
     add("--falling-alpha", action=argparse.BooleanOptionalAction,
         help="let alpha rise and fall with the learning rate")
     add("--open-warmup", type=float,
         help="share of the steps, at first, in which every token runs every layer")
     add("--lr", type=float, help="peak learning rate")
-    add("--router-lr", type=float, help="learning rate of the routers, as a share of --lr")
-    add("--beta2", type=float, help="decay of the second moments of AdamW")
-    add("--clip", type=float, help="largest norm of the gradients; 0: no clipping")
-    add("--epochs", type=float, help="passes over the data; 0 only evaluates")
+    add("--router-lr", type=float, help="factor on --lr for the routers")
+    add("--epochs", type=float, help="passes over the data; 0 trains nothing and only evaluates")
     add("--steps", type=int, help="optimiser steps, in place of --epochs")
     add("--batch-size", type=int, help="rows a step, of all processes together")
     add("--micro-batch-size", type=int, help="rows on a device at a time")
@@ -265,7 +270,7 @@ def write_rows(data: Path, file: Path, tokenizer: Tokenizer, args: argparse.Name
             counted += row.counted.tobytes()
             lengths.append(len(row.ids))
             tasks.append(row.task)
-            text = str(raw.get("text")) if not raw.get("messages") else ""
+            text = "" if read_messages(raw) else raw["text"]
             marked += any(name in text for name in tokenizer.special)
 
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
@@ -314,9 +319,9 @@ def plan_batches(lengths: np.ndarray, steps: int, args: argparse.Namespace) -> T
     and the seed alone, so that a run can be resumed anywhere.
 
     Each epoch takes every row once, in an order of its own; rows that do not fill its last batch
-    are left for other epochs. A batch of eight groups or more is made of groups of rows of like
-    length, which need little padding where they share a micro-batch. In a smaller batch that would
-    leave too little variety, so its rows are any."""
+    are left for other epochs. A large batch is made of groups of GROUP rows of like length, which
+    need little padding where they share a micro-batch. A batch of fewer than eight groups would
+    have too little variety, and takes its rows in random order."""
     generator = torch.Generator().manual_seed(args.seed)
     group_size = 1
     if args.batch_size >= 8 * GROUP and args.batch_size % GROUP == 0:
@@ -334,14 +339,14 @@ def plan_batches(lengths: np.ndarray, steps: int, args: argparse.Namespace) -> T
 
 
 def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, targets (-100 where no loss is due) and real (False at padding), (B, T) each, for
-    the T positions that have a next token in the longest row.
+    """input_ids, targets (-100 where no loss is due) and real (whether the row has a next token
+    there), (B, T) each, for the T positions that have a next token in the longest row.
     Padding stands at the end of a row, where no token that counts can attend to it."""
     ids = pad_sequence([torch.from_numpy(row.ids).long() for row in rows], batch_first=True)
     counted = pad_sequence([torch.from_numpy(row.counted) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row.ids) for row in rows])
     real = torch.arange(1, ids.shape[1]) < lengths[:, None]
-    input_ids = ids[:, :-1] * real
+    input_ids = ids[:, :-1] * real  # zeros where nothing is predicted
     targets = ids[:, 1:].masked_fill(~counted[:, 1:], -100)
     return input_ids.to(device), targets.to(device), real.to(device)
 
@@ -411,14 +416,14 @@ def evaluate(token_losses: nn.Module, rows: Rows, config: Config, args: argparse
     base_loss, loss      cross-entropy of the base and of FlexiDepth
     same                 share of tokens for which both find the same token likeliest
     layers               mean depth
-    base_exact, exact    share of rows in which every token is the likeliest one; with one answer a
-                         row this is the share that greedy decoding would answer exactly"""
+    base_exact, exact    share of rows in which every token that counts is the likeliest one. Where
+                         that is one answer a row, greedy decoding would give just this answer"""
     order = np.argsort(rows.lengths, kind="stable")
     size = args.micro_batch_size
     batches = [order[i:i + size] for i in range(0, len(order), size)]
     totals = defaultdict(Counter)
-    # FSDP needs all processes to run equally often. The batches that some run for that reason
-    # alone, a second time, are not counted.
+    # FSDP needs all processes to run equally often. A process that has no batch left runs one of
+    # the first again, which is not counted.
     for i in range(RANK, math.ceil(len(batches) / WORLD) * WORLD, WORLD):
         batch = [rows[j] for j in batches[i % len(batches)]]
         input_ids, targets, _ = collate(batch, args.device)
@@ -532,7 +537,8 @@ def main() -> None:
     # first checkpoint only goes on.
     checkpoint_file = args.out / "checkpoint.pt"
     result_file = args.out / "train.json"
-    if result_file.is_file():
+    gates_file = args.out / "flexidepth.safetensors"
+    if result_file.is_file() or (gates_file.is_file() and not checkpoint_file.is_file()):
         raise ValueError(f"{args.out} holds a finished run; give another --out")
     if checkpoint_file.is_file() and not args.resume:
         raise ValueError(f"{args.out} holds an unfinished run; give --resume or another --out")
@@ -579,12 +585,12 @@ def main() -> None:
         args.steps = math.ceil(args.epochs * (len(rows) // args.batch_size))
     steps = args.steps
     plan = plan_batches(rows.lengths, steps, args)
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained_size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.model}: layers {config.routing_layers} of {config.num_hidden_layers} route, "
-        f"{size:,} parameters to train, {len(rows)} rows")
+        f"{trained_size:,} parameters to train, {len(rows)} rows")
 
-    # A checkpoint is taken only by the run that it is of: by what is trained, on what, and how. How
-    # a batch is cut may change between a stop and --resume.
+    # A run takes on a checkpoint only if it trains the same thing, on the same data, in the same
+    # way. How a batch is cut may change between a stop and --resume.
     names = ("alpha", "falling_alpha", "open_warmup", "lr", "router_lr", "beta2", "clip",
              "batch_size", "seq_len", "answers_only", "seed", "steps")
     fingerprint = {name: getattr(args, name) for name in names} | {"model": asdict(config)}
@@ -600,6 +606,7 @@ def main() -> None:
     token_losses = distribute(model, args)
     named = list(model.named_parameters())  # FSDP has put new ones in place
     routers = [p for name, p in named if ".router." in name]
+    # An adapter's official name is router_proj.
     adapters = [p for name, p in named if ".router_proj." in name]
     trained = routers + adapters
     optimizer = torch.optim.AdamW(
@@ -618,7 +625,7 @@ def main() -> None:
     on_terminal = sys.stdout.isatty()
     for step in range(begin + 1, steps + 1):
         step_started = time.time()
-        # The learning rate rises over 3 % of the steps, and falls to zero along a cosine.
+        # The learning rate rises over 3 % of the steps, and falls towards zero along a cosine.
         warm_up = min(1, step / (0.03 * steps))
         share = min(warm_up, (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
         lr = args.lr * share
@@ -638,14 +645,14 @@ def main() -> None:
         size = args.micro_batch_size
         micro_batches = [batch[i:i + size] for i in range(0, len(batch), size)][RANK::WORLD]
         # Both losses are means over the tokens of the whole batch, so a micro-batch adds its sum
-        # over their number. Here that is the number for each process, because DDP and FSDP average
-        # the gradients of the processes where a sum is wanted.
+        # over the batch's number of tokens. DDP and FSDP average the gradients of the processes
+        # where a sum is wanted: dividing the number by WORLD makes up for that.
         real_tokens = sum(len(row.ids) - 1 for row in batch) / WORLD
         counted_tokens = sum(np.count_nonzero(row.counted[1:]) for row in batch) / WORLD
         figures = torch.zeros(2 + len(config.routing_layers), device=args.device)
         for micro_batch in micro_batches:
-            # DDP then exchanges gradients once a step, in the last backward pass. FSDP does so in
-            # each of them, with the same sum.
+            # This setting lets DDP exchange gradients once a step, in the last backward pass. FSDP
+            # does so in each of them, with the same sum. A single process does not look at it.
             token_losses.require_backward_grad_sync = micro_batch is micro_batches[-1]
             input_ids, targets, real = collate(micro_batch, args.device)
             losses, _, gates, kept = token_losses(input_ids, targets, route)
@@ -693,14 +700,14 @@ def main() -> None:
     # The result. The gates are written before the table is made, which may take long.
     state = get_model_state_dict(model, options=FULL_STATE)
     if RANK == 0:
-        save_trained(args.out / "flexidepth.safetensors", state, config)
+        save_trained(gates_file, state, config)
     table = evaluate(token_losses, held_out, config, args) if held_out else {}
     if table:
         print_table(table, config.num_hidden_layers)
     if RANK == 0:
         write_json(result_file, {"settings": vars(args), "config": asdict(config), "valid": table})
         checkpoint_file.unlink(missing_ok=True)
-    say(f"wrote {args.out / 'flexidepth.safetensors'}; see it at work:\n"
+    say(f"wrote {gates_file}; see it at work:\n"
         f"python sample.py --show-depth --model {args.model} --flexidepth {args.out}")
     if WORLD > 1:
         dist.destroy_process_group()

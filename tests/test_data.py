@@ -167,7 +167,9 @@ def test_rows_left_out_are_counted_by_reason(read, capsys):
 def test_chat_markers_in_text_are_warned_of_once(read, capsys):
     """Text that was put into chat format by hand would be trained on as plain characters, without
     a word or with a word a row."""
-    read([{"text": "<|start_header_id|>user<|end_header_id|>"}] * 3 + [{"text": "plain"}] * 2)
+    marked = "<|start_header_id|>user<|end_header_id|>"
+    read([{"text": marked}] * 3 + [{"text": "plain"}] * 2
+         + [{"conversations": [QUESTION, ANSWER], "text": marked}])  # its text is not read
     said = capsys.readouterr().out
     assert said.count("warning") == 1 and "3 rows of text hold special tokens" in said
 

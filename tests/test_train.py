@@ -289,6 +289,14 @@ def test_a_finished_run_is_left_alone(killed_and_whole, train_in, no_step):
     assert everything_in(killed_and_whole / "whole") == before
 
 
+def test_gates_are_never_written_over(train_in, tmp_path, no_step):
+    """A run that was stopped while its table was made would lose its gates to the next one."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "flexidepth.safetensors").write_bytes(b"gates")
+    assert "holds a finished run" in train_in(tmp_path, *STEPS)
+    assert (tmp_path / "out" / "flexidepth.safetensors").read_bytes() == b"gates"
+
+
 def saved(content):
     whole = io.BytesIO()
     torch.save(content, whole)
