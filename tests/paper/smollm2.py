@@ -1,12 +1,13 @@
 """Layer skipping on a real language model: what gates of several prices cost and gain.
 
-    python tests/paper/smollm2.py --model smollm2 --valid valid.jsonl --gates out-1 out-2 out-3
+    python tests/paper/smollm2.py --model smollm2 --valid valid.jsonl --gates out-1 out-2 out-2@0.65
     python tests/paper/smollm2.py --readme     # only put the tables into tests/paper/README.md
 
-The folders of --gates are results of train.py on that model, and the figures go to smollm2.json:
-the held-out loss of FlexiDepth, and beside it that of random skipping and of dropping the last
-layers, at the same mean depth; depth by task and by kind of token; and the time of a decoded token
-with learned gates against all layers, taken in turn on real prompts.
+The folders of --gates are results of train.py on that model, each with a threshold after an @ if it
+is not to be 0.5. The figures go to smollm2.json: the held-out loss of FlexiDepth, and beside it that
+of random skipping and of dropping the last layers, at the same mean depth; depth by task and by kind
+of token; and the time of a decoded token with learned gates against all layers, taken in turn on
+real prompts.
 """
 import argparse
 import json
@@ -174,21 +175,23 @@ def make_tables(results: dict) -> dict[str, str]:
     for run in runs:
         timed = run["time"]
         rows.append([
-            f"{run['alpha']:g}", f"{run['layers']:.2f}", f"{run['skipped']:.1%}",
+            f"{run['alpha']:g}", f"{run['threshold']:g}",
+            f"{run['layers']:.2f}", f"{run['skipped']:.1%}",
             f"{run['layers_with_prompts']:.2f}", f"{1 - run['layers_with_prompts'] / LAYERS:.1%}",
             f"{run['loss']:.3f}", f"{run['loss'] / run['base_loss'] - 1:+.1%}",
             f"{run['same']:.1%}",
             f"{run['coin_loss']:.3f}", f"{run['bare_loss']:.3f}", f"{run['first_loss']:.3f}",
             f"{timed['gain']:.2f}", f"{timed['ideal']:.2f}"])
-    head = ["alpha", "layers used, answers", "skipped", "with prompts", "skipped", "loss",
-            "over the base", "next tokens as the base", "loss: coin for gate", "coin, no adapter", "last layers dropped",
-            "speed over all layers", "ideal by bytes"]
+    head = ["alpha", "threshold", "layers used, answers", "skipped", "with prompts", "skipped",
+            "loss", "over the base", "next tokens as the base", "loss: coin for gate",
+            "coin, no adapter", "last layers dropped", "speed over all layers", "ideal by bytes"]
     quality = markdown(head, rows)
 
     groups = sorted(runs[0]["depth"], key=lambda group: runs[0]["depth"][group]["layers"])
     rows = [[group, str(runs[0]["depth"][group]["tokens"]),
              *(f"{run['depth'][group]['layers']:.2f}" for run in runs)] for group in groups]
-    kinds = markdown(["", "tokens", *(f"alpha {run['alpha']:g}" for run in runs)], rows)
+    titles = [f"alpha {run['alpha']:g}, threshold {run['threshold']:g}" for run in runs]
+    kinds = markdown(["", "tokens", *titles], rows)
     return {"smollm2": quality, "smollm2_kinds": kinds}
 
 
@@ -198,7 +201,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", help="folder of the base")
     add("--valid", type=Path, help="held-out rows, JSONL")
-    add("--gates", nargs="+", help="results of train.py")
+    add("--gates", nargs="+", help="results of train.py: FOLDER or FOLDER@THRESHOLD")
     add("--seq-len", type=int, default=256, help="longer rows are left out (256)")
     add("--readme", action="store_true", help="only put the tables into README.md")
     args = parser.parse_args()
@@ -208,17 +211,22 @@ def main() -> None:
         args = Namespace(**vars(args), device="cpu", micro_batch_size=BATCH_SIZE,
                          answers_only=True)
         tokenizer = Tokenizer.from_pretrained(args.model)
-        rows = Rows(args.valid, Path(args.gates[0], "smollm2-valid.safetensors"), tokenizer, args)
+        file_of_tokens = Path(args.gates[0].partition("@")[0], "smollm2-valid.safetensors")
+        rows = Rows(args.valid, file_of_tokens, tokenizer, args)
         runs = []
         for gates in args.gates:
+            gates, _, threshold = gates.partition("@")
             settings = json.loads(Path(gates, "train.json").read_text())["settings"]
             model = FlexiDepth.from_pretrained(args.model, gates, dtype=torch.float32)
+            if threshold:
+                model.config.threshold = float(threshold)
             table = evaluate(TokenLosses(model), rows, model.config, args)
             depth = mean(table, "layers")
             starts = [int(np.flatnonzero(rows[i].counted)[0]) for i in range(PROMPTS)]
             prompts = [rows[i].ids[:start].tolist() for i, start in enumerate(starts)]
             runs.append({
-                "alpha": settings["alpha"], "steps": settings["steps"], "layers": depth,
+                "alpha": settings["alpha"], "threshold": model.config.threshold,
+                "steps": settings["steps"], "layers": depth,
                 "skipped": 1 - depth / model.config.num_hidden_layers,
                 "layers_with_prompts": depth_with_prompts(model, rows),
                 "base_loss": mean(table, "base_loss"), "loss": mean(table, "loss"),
