@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -295,15 +296,31 @@ def compiled(args: argparse.Namespace) -> Iterator[Line]:
         theirs = as_transformers(model)
         sides["transformers"] = lambda: theirs.generate(
             prompt, max_new_tokens=tokens, do_sample=False)
+    if args.gguf:
+        sides["llama.cpp"] = partial(llama_cpp_answer, load_llama_cpp(args), tokens)
 
     timed = Timed(args, sides)
     for route in ("full", "learned"):
         peers = {"not compiled": f"plain {route}"}
-        if TRANSFORMERS:
-            peers["transformers, which runs all"] = "transformers"
+        for other in ("transformers", "llama.cpp"):
+            if other in sides:
+                peers[f"{other}, which runs all"] = other
         for what, peer in peers.items():
             yield beside_peer("m", f"decode, compiled, route {route}; peer: {what}", timed,
                               f"compiled {route}", peer, tokens)
+
+
+def load_llama_cpp(args: argparse.Namespace):
+    """The model of --gguf in llama.cpp, all of it on the GPU if there is one."""
+    import llama_cpp
+
+    return llama_cpp.Llama(args.gguf, n_ctx=512, n_gpu_layers=-1, n_threads=args.threads,
+                           n_threads_batch=args.threads, verbose=False)
+
+
+def llama_cpp_answer(theirs, tokens: int) -> list[int]:
+    """So many tokens, the likeliest ones, decoded after one token."""
+    return list(islice(theirs.generate(PROMPT[0].tolist(), temp=0.0, repeat_penalty=1.0), tokens))
 
 
 @torch.inference_mode()
@@ -515,6 +532,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the rows to run, by letter; what is measured together is printed together")
     add("--shape", choices=SHAPES, default="1B", help="of a model with random weights (1B)")
     add("--model", help="folder or cached hub name of a real model, in place of --shape")
+    add("--gguf", help="the same model as a file of llama.cpp, which row m is then compared with")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--dtype", choices=["float32", "bfloat16"],
         help="default: float32 on a CPU, where bfloat16 is often slow, else bfloat16")
