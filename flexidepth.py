@@ -22,14 +22,17 @@ The routers and adapters are trained on L = L_lm + alpha * L_skip. L_lm is the l
 cross-entropy, L_skip the mean over tokens of (sum over the layers of the token's gates)², and
 alpha, the price of depth, is 1e-3 in the paper. The decision g > 0.5 has no gradient. The router
 learns through the factor g or (1 - g) on the output of the mlp or adapter that ran, and through
-L_skip. The factors stay at inference: a layer with all gates open is *not* the pre-trained one;
-route="full" runs that.
+L_skip. The factors stay at inference, so that a layer with all gates open is *not* the pre-trained
+one. A model called with route="full", in place of the default "learned", leaves routers and
+adapters out: it is the pre-trained model.
 
 Another routing rule needs no change here: pass route=function(layer_index, gate) -> kept. The
-function replaces the comparison g > threshold and nothing else: a token that it keeps still has its
-mlp's output multiplied by g. It gets the index of the layer among all L, and the gates (B, T) of
-the new tokens in the base's dtype, but no positions. It returns a bool tensor that broadcasts to
-(B, T).
+function replaces the comparison g > threshold and nothing else. A token that it keeps still has its
+mlp's output multiplied by g, and one that it lets skip its adapter's by 1 - g. It gets the index of
+the layer among all L, and the gates (B, T) of the new tokens in the base's dtype, but no positions.
+It returns a bool tensor that broadcasts to (B, T).
+
+In this example one folder holds both a base model and the routers and adapters for it:
 
     model = FlexiDepth.from_pretrained("tests/tiny-llama", flexidepth="tests/tiny-llama")
     tokenizer = Tokenizer.from_pretrained("tests/tiny-llama")
@@ -43,8 +46,9 @@ tanh(norm(.)) where the paper has norm(tanh(.)). The adapter's official name is 
 its `up_proj` and `down_proj` trade the names that they have in an mlp.
 
 Dtypes: everything runs in the dtype of the base model. In training the routers and adapters are
-float32 under autocast; in use they are rounded to the base's dtype. Gates are float32, but they
-decide and multiply as rounded to the base's dtype, so that training and use decide alike.
+float32 under autocast; from_pretrained rounds them to the base's dtype unless it is told not to.
+Gates are float32, but they decide and multiply as rounded to the base's dtype, so that training and
+use decide alike.
 
 Letters in shapes: B batch, T new tokens, S cached and new tokens, N tokens of the B * T that run a
 layer; D hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; L layers, R of
@@ -74,8 +78,8 @@ from torch import Tensor, nn
 Route = str | Callable[[int, Tensor], Tensor]
 Rotation = tuple[Tensor, Tensor]  # cat(cos, cos), cat(-sin, sin) of the new positions, each (T, d)
 
-# Settings that would change the result, with the values that are implemented here. Where there is
-# none, the setting has to be absent or null. The released checkpoint calls itself "ddllama".
+# Settings that would change the result, and the values that this file implements. A setting with no
+# value here has to be absent or null. The released checkpoint calls itself "ddllama".
 SUPPORTED = {
     "model_type": ("llama", "ddllama"),
     "hidden_act": ("silu",),
@@ -159,8 +163,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # The same steps and casts as in the released model. A fused kernel may differ in the last
-        # bit, and that can flip a gate.
+        # The same steps and casts as in the released model. F.rms_norm may differ in the last bit,
+        # which can flip the decision of a gate that is close to the threshold.
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         # A router's weight is float32 in training. It is rounded here as it will be in use.
         return self.weight.to(x.dtype) * (x.float() * scale).to(x.dtype)
@@ -171,19 +175,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
-
-
-# Whether compiled code multiplies a single token by a sum; compile_decode sets what is faster.
-products_as_sums = False
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear. For a single token in compiled code it may be a sum instead, which the compiler
-    turns into one pass over the weights. On many processors that reads them faster."""
-    if products_as_sums and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
-        return (weight * x.unsqueeze(-2)).sum(-1)
-    return F.linear(x, weight)
+        return linear(x, self.weight)  # F.linear, unless compiled
 
 
 def rotary_frequencies(config: Config) -> Tensor:
@@ -201,16 +193,18 @@ def rotary_frequencies(config: Config) -> Tensor:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary embedding, split-half form: dimensions i and i + d/2 turn together. x (..., d)."""
-    cos, sin = rotation
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    cos, signed_sin = rotation
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin
 
 
 class KVCache:
     """Keys and values of all layers and tokens, (L, B, K, max_length, d) each. For inference."""
     def __init__(self, config: Config, batch_size: int, max_length: int, device="cpu", dtype=None):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length)
-        # Zeros, because compiled decoding reads unused places too, and gives them no weight.
-        self.keys = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length,
+                 config.head_dim)
+        # Zeros, because compiled decoding reads unused places too. It gives them a weight of 0, but
+        # 0 times a NaN would be NaN.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.length = 0  # tokens held; the model adds T when all layers have stored theirs
 
@@ -260,15 +254,16 @@ class Attention(nn.Module):
         B, T, _ = h.shape
         queries = self.q_proj(h.flatten(0, 1)[places])                            # (N, H * d)
         # Each query goes to its own place among the B * T, so that the causal kernel can be used.
-        # The other places hold zeros (and not just anything, for the sake of the gradient). Their
-        # attention is computed in vain and never read.
+        # The other places hold zeros, because the NaN that unused memory may hold would spoil the
+        # gradients of keys and values. Their attention is computed in vain and never read.
         q = queries.new_zeros(B * T, queries.shape[-1]).index_copy(0, places, queries)
         attended = self.attend(q.unflatten(0, (B, T)), k, v, rotation)
         return self.o_proj(attended.flatten(0, 1)[places])                        # (N, D)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation,
                mask: Tensor | None = None) -> Tensor:
-        """Attention of unrotated queries (B, T, H * d) to (B, K, S, d) -> (B, T, H * d)."""
+        """Attention of unrotated queries (B, T, H * d) to (B, K, S, d) -> (B, T, H * d). Several
+        tokens attend causally; mask is for a single one."""
         B, T, _ = q.shape
         K = k.shape[1]
         S = k.shape[2]
@@ -280,9 +275,10 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, 1, -1)
 
         # Token t of the T sees keys 0..S-T+t. With S = T the kernel's own is_causal says the same.
+        causal = None
         if S > T:
-            mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=(S == T), enable_gqa=True)
+            causal = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
+        out = F.scaled_dot_product_attention(q, k, v, causal, is_causal=(S == T), enable_gqa=True)
         return out.transpose(1, 2).flatten(2)                                     # (B, T, H * d)
 
 
@@ -317,8 +313,8 @@ class Router(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Runs in place of the mlp: a SwiGLU, by default a sixteenth as wide. As the released weights
-    name them, and unlike MLP, `gate_proj` and `down_proj` map D to adapter_size, `up_proj` back."""
+    """Runs in place of the mlp: a SwiGLU, by default a sixteenth as wide. Its names are those of
+    the released weights: `gate_proj` and `down_proj` map D to adapter_size, `up_proj` maps back."""
     def __init__(self, config: Config):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.adapter_size)
@@ -340,7 +336,21 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.router = Router(config) if index in config.routing_layers else None
+        # the adapter, by its official name
         self.router_proj = Adapter(config) if index in config.routing_layers else None
+
+    def decide(self, h: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+        """h (B, T, D) -> gate (B, T), float32; g (B, T, 1), the gate in h's dtype; kept (B, T)."""
+        # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.2 on, and
+        # have no gradient. Rounded to h's dtype it decides and multiplies, as in the released
+        # model.
+        gate = torch.sigmoid(self.router(h).float())
+        rounded = gate.to(h.dtype)
+        if route == "learned":
+            kept = rounded > self.config.threshold
+        else:
+            kept = route(self.index, rounded).bool().expand_as(rounded)
+        return gate, rounded[..., None], kept
 
     def full_path(self, x: Tensor, g: Tensor | float, attended: Tensor) -> Tensor:
         """x and attended, attention's output (..., D), and g (..., 1) -> (..., D)."""
@@ -363,17 +373,7 @@ class DecoderLayer(nn.Module):
         if self.router is None or route == "full":  # the pre-trained layer: as if g were 1
             return self.full_path(x, 1.0, self.self_attn(h, k, v, rotation)), None, None
 
-        # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.2 on, and
-        # have no gradient. Rounded to x's dtype it decides and multiplies, as in the released
-        # model.
-        gate = torch.sigmoid(self.router(h).float())                              # (B, T)
-        rounded = gate.to(x.dtype)
-        if route == "learned":
-            kept = rounded > self.config.threshold
-        else:
-            kept = route(self.index, rounded).bool().expand_as(rounded)
-        g = rounded[..., None]                                                    # (B, T, 1)
-
+        gate, g, kept = self.decide(h, route)
         N = int(kept.sum())  # the layer's only wait for the device; nothing below waits
         if not torch.is_grad_enabled():
             # If all tokens go one way, as a single token always does, nothing is gathered, and the
@@ -393,11 +393,10 @@ class DecoderLayer(nn.Module):
         tokens = x.flatten(0, 1)                                                  # (B * T, D)
         g = g.flatten(0, 1)                                                       # (B * T, 1)
         attended = self.self_attn.forward_kept(h, k, v, rotation, full)           # (N, D)
-        out = x.new_empty(x.shape)
-        out_tokens = out.flatten(0, 1)                                            # (B * T, D)
-        out_tokens[full] = self.full_path(tokens[full], g[full], attended)
-        out_tokens[skip] = self.skip_path(tokens[skip], g[skip])
-        return out, gate, kept
+        out = torch.empty_like(tokens)
+        out[full] = self.full_path(tokens[full], g[full], attended)
+        out[skip] = self.skip_path(tokens[skip], g[skip])
+        return out.view_as(x), gate, kept
 
 
 @dataclass
@@ -413,8 +412,7 @@ class FlexiDepth(nn.Module):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # where it was loaded from
-        # nn.Embedding gets weights, because to make its own on the meta device torch would import
-        # a second's worth of modules.
+        # On the meta device nn.Embedding takes a second to make weights of its own, for imports.
         words = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding.from_pretrained(words)
@@ -452,7 +450,8 @@ class FlexiDepth(nn.Module):
 
         x = self.model.embed_tokens(input_ids)                                    # (B, T, D)
         angle = torch.arange(start, end, device="cpu")[:, None] * self.frequencies    # (T, d/2)
-        # On CUDA the host need not wait for the copies. Elsewhere that would not be safe.
+        # On CUDA the host need not wait for the copies. Other devices might read the tensors only
+        # when their memory holds something else.
         cos = angle.cos().to(x, non_blocking=x.is_cuda)
         sin = angle.sin().to(x, non_blocking=x.is_cuda)
         rotation = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)          # (T, d) each
@@ -488,7 +487,8 @@ class FlexiDepth(nn.Module):
         - those of the folder or file `flexidepth`, if it is given;
         - else those among the model's own weights (a flexidepth.safetensors beside them is read
           only if it is asked for);
-        - else new random ones (torch's global generator) in routing_layers or the latter half.
+        - else new random ones (torch's global generator) in routing_layers, or in those that
+          config.json names, or in the latter half.
 
         The threshold is the one that was saved with them, else that of config.json, else 0.5; it
         may be changed as model.config.threshold. dtype: None is the checkpoint's, or if its tensors
@@ -596,14 +596,27 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
 
 
 # ---- Compiled decoding ---------------------------------------------------------------------------
+# Whether compiled code computes a single token's matrix product as a sum. compile_decode sets it to
+# what is faster on the machine.
+products_as_sums = False
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear. For a single token in compiled code it may be a sum instead, which the compiler
+    turns into one pass over the weights. On many processors that reads them faster."""
+    if products_as_sums and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+        return (weight * x.unsqueeze(-2)).sum(-1)
+    return F.linear(x, weight)
+
+
 def compile_decode(model: FlexiDepth) -> None:
     """Let torch.compile make the code that `generate` runs for a single token: one function for a
     layer, and one for the head. Compiling takes some seconds, now and at the first tokens. Sums are
-    added in another order then, so that the last bits of logits and gates change. Prompts, batches,
-    and routes that are functions run as before. ValueError if there is no compiler: it takes a C++
-    compiler, and on a GPU Triton as well."""
+    added in another order then, so that the last bits of logits and gates change. Layers run
+    prompts, batches, and routes that are functions as before. To be called once for a model.
+    ValueError if there is no compiler: it takes a C++ compiler, and on a GPU Triton as well."""
     global products_as_sums
-    x = model.model.embed_tokens.weight[:1]
+    x = model.model.embed_tokens.weight[:1]  # any hidden states will do
     mlps = [torch.compile(layer.mlp) for layer in model.model.layers]
     ways = [False]
     if x.device.type == "cpu":  # it depends on the processor which way is faster
@@ -613,9 +626,10 @@ def compile_decode(model: FlexiDepth) -> None:
         with torch.inference_mode():
             for way in ways:
                 products_as_sums = way
-                mlps[0](x)  # compiles the code of all of them
+                mlps[0](x)  # compiles the code, which all of them share, as their shapes are equal
                 seconds[way] = min(timeit.repeat(lambda: [mlp(x) for mlp in mlps], number=1))
     except Exception as error:  # a missing compiler shows in many ways
+        products_as_sums = False
         raise ValueError(f"torch.compile does not work here ({str(error)[:100]!r}); it needs a C++ "
                          "compiler, and Triton on a GPU") from None
     products_as_sums = min(seconds, key=seconds.get)
@@ -649,26 +663,24 @@ def decode_or_run(compiled_layer: Callable, layer: DecoderLayer, eager: Callable
 def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
                  place: Tensor, route: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """DecoderLayer.forward for a single token x (1, 1, D), in a form that compiles as a whole. A
-    decision by the host would cut the code in pieces, so that it is a torch.cond here. A cache that
-    grows would need new code for each length, so that attention is to the whole cache, keys and
-    values (1, K, max_length, d), under a mask, and the token's place (1,) in it is a tensor."""
+    decision by the host would cut the code in pieces, so it is a torch.cond here. A cache that
+    grows would need new code for each length, so attention is to the whole cache, keys and values
+    (1, K, max_length, d), under a mask, and the token's place (1,) in it is a tensor."""
     h = layer.input_layernorm(x)
     k, v = layer.self_attn.keys_values(h, rotation)
     keys.index_copy_(2, place, k)
     values.index_copy_(2, place, v)
     mask = torch.arange(keys.shape[2], device=x.device)[None] <= place            # (1, max_length)
 
-    def full(x: Tensor, h: Tensor, g: Tensor) -> Tensor:
+    def full(x: Tensor, h: Tensor, g: Tensor | float) -> Tensor:
         return layer.full_path(x, g, layer.self_attn(h, keys, values, rotation, mask))
 
     def skip(x: Tensor, h: Tensor, g: Tensor) -> Tensor:
         return layer.skip_path(x, g)
 
     if layer.router is None or route == "full":
-        return full(x, h, torch.ones_like(x[..., :1])), None, None
-    gate = torch.sigmoid(layer.router(h).float())
-    g = gate.to(x.dtype)[..., None]
-    kept = g[..., 0] > layer.config.threshold
+        return full(x, h, 1.0), None, None
+    gate, g, kept = layer.decide(h, route)
     return torch.cond(kept.all(), full, skip, (x, h, g)), gate, kept
 
 
@@ -676,7 +688,7 @@ def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tenso
 def read_json(path: Path) -> dict:
     """A JSON object. FileNotFoundError, or ValueError if it is not one."""
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
+        return {**json.loads(path.read_text(encoding="utf-8"))}  # only an object can be unpacked
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
 
@@ -748,8 +760,9 @@ def load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dty
         raise ValueError(f"device {device!r}: {str(error)[:100]}") from None
     folder = find_folder(path)
     own, metadata = read_tensors(folder, "model.safetensors", device)
-    base = {name: t for name, t in own.items() if not name.endswith("rotary_emb.inv_freq")}
-    trained = {name: base.pop(name) for name in own if TRAINED.match(name)}
+    trained = {name: t for name, t in own.items() if TRAINED.match(name)}
+    base = {name: t for name, t in own.items()
+            if name not in trained and not name.endswith("rotary_emb.inv_freq")}
     if flexidepth is not None:
         source = Path(flexidepth).expanduser()
         if not source.is_file():
@@ -828,11 +841,12 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 def save_trained(file: Path, trained: dict[str, Tensor], config: Config) -> None:
-    """The work of FlexiDepth.save_flexidepth, for tensors that are given."""
+    """The work of FlexiDepth.save_flexidepth, for trained tensors by their official names."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach() for name, t in trained.items()}
     with whole_file(file) as temporary:
-        # With a single key of metadata, equal tensors make equal files.
-        tensors = {name: t.detach() for name, t in trained.items()}
+        # Several keys of metadata would stand in a random order. With a single one, equal tensors
+        # make equal files.
         save_file(tensors, temporary, {"threshold": str(config.threshold)})
 
 
@@ -856,11 +870,12 @@ def save_model(model: FlexiDepth, folder: Path) -> None:
     raw.pop("dtype", None)  # transformers 5 writes this for torch_dtype
     raw |= {"model_type": "ddllama", "routing_layers": model.config.routing_layers,
             "torch_dtype": str(dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     tensors = {name: t.to(dtype) for name, t in model.state_dict().items()}
     with whole_file(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary,
                   {"format": "pt", "threshold": str(model.config.threshold)})
+    with whole_file(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -898,12 +913,11 @@ class Vocabulary:
 
 def read_tokenizer_model(file: Path) -> Vocabulary:
     """Meta's tokenizer.model: lines of a base64 token and its rank."""
-    content = file.read_bytes()
     if is_sentencepiece(file):
         raise ValueError(f"{file}: a SentencePiece model, as of Llama 2 and TinyLlama; only "
                          "byte-level BPE, as of Llama 3, is supported")
     ranks = {}
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -959,6 +973,7 @@ def read_tokenizer_json(file: Path) -> Vocabulary:
             raise ValueError(f"model {model['type']}, normalizer {raw.get('normalizer')}")
         pattern = read_pattern(raw["pre_tokenizer"])
         for token in raw["added_tokens"]:
+            # A token that frames messages must not be recognised in a text, whatever the file says.
             if token["special"] or token["content"] in framing:
                 special[token["content"]] = token["id"]
             elif token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
@@ -982,7 +997,7 @@ def read_tokenizer_json(file: Path) -> Vocabulary:
         raise ValueError(f"{file}: not a byte-level BPE that is supported ({error!r})") from None
 
     begin = read_begin(raw.get("post_processor") or {})
-    if begin not in special:
+    if begin not in special:  # a file of Llama 3 may not say what its texts begin with
         begin = "<|begin_of_text|>" if "<|begin_of_text|>" in special else None
     return Vocabulary(ranks, special, added, pattern, begin)
 
@@ -1045,8 +1060,8 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
         """From tokenizer.json or tokenizer.model (here or in original/) of a folder or hub name.
-        Of several the one with the most tokens is read, as an older one may lie beside it.
-        ValueError or FileNotFoundError if there is none of a kind that is supported."""
+        Of several the one with the largest id is read, as an older one may lie beside it.
+        FileNotFoundError if there is none, ValueError if one is of a kind that is not supported."""
         folder = find_folder(path)
         vocabularies = []
         if (folder / "tokenizer.json").is_file():
