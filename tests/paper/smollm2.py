@@ -175,22 +175,23 @@ def make_tables(results: dict) -> dict[str, str]:
     for run in runs:
         timed = run["time"]
         rows.append([
-            f"{run['alpha']:g}", f"{run['threshold']:g}",
+            f"{run['alpha']:g}", str(run["steps"]), f"{run['threshold']:g}",
             f"{run['layers']:.2f}", f"{run['skipped']:.1%}",
             f"{run['layers_with_prompts']:.2f}", f"{1 - run['layers_with_prompts'] / LAYERS:.1%}",
             f"{run['loss']:.3f}", f"{run['loss'] / run['base_loss'] - 1:+.1%}",
             f"{run['same']:.1%}",
             f"{run['coin_loss']:.3f}", f"{run['bare_loss']:.3f}", f"{run['first_loss']:.3f}",
             f"{timed['gain']:.2f}", f"{timed['ideal']:.2f}"])
-    head = ["alpha", "threshold", "layers used, answers", "skipped", "with prompts", "skipped",
-            "loss", "over the base", "next tokens as the base", "loss: coin for gate",
+    head = ["alpha", "steps", "threshold", "layers used, answers", "skipped", "with prompts",
+            "skipped", "loss", "over the base", "next tokens as the base", "loss: coin for gate",
             "coin, no adapter", "last layers dropped", "speed over all layers", "ideal by bytes"]
     quality = markdown(head, rows)
 
     groups = sorted(runs[0]["depth"], key=lambda group: runs[0]["depth"][group]["layers"])
     rows = [[group, str(runs[0]["depth"][group]["tokens"]),
              *(f"{run['depth'][group]['layers']:.2f}" for run in runs)] for group in groups]
-    titles = [f"alpha {run['alpha']:g}, threshold {run['threshold']:g}" for run in runs]
+    titles = [f"alpha {run['alpha']:g}, {run['steps']} steps, threshold {run['threshold']:g}"
+              for run in runs]
     kinds = markdown(["", "tokens", *titles], rows)
     return {"smollm2": quality, "smollm2_kinds": kinds}
 
