@@ -466,7 +466,7 @@ def print_table(table: dict[str, dict], num_layers: int) -> None:
         f"{'task':12}{'rows':>6}{'base':>9}{'FlexiDepth':>12}{'as the base':>17}"
         f"{'base':>9}{'FlexiDepth':>12}{f'of {num_layers}':>11}")
     lines = sorted(table.items(), key=lambda item: item[1]["layers"])
-    for task, line in [*lines, ("mean", mean)]:
+    for task, line in [*lines, ("task mean", mean)]:
         rows = "" if line is mean else line["rows"]
         exact = f"{'-':>9}{'-':>12}"
         if line["base_exact"] > 0:
