@@ -340,7 +340,8 @@ class DecoderLayer(nn.Module):
         self.router_proj = Adapter(config) if index in config.routing_layers else None
 
     def decide(self, h: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
-        """h (B, T, D) -> gate (B, T), float32; g (B, T, 1), the gate in h's dtype; kept (B, T)."""
+        """h (B, T, D) -> gate (B, T), float32; g (B, T, 1), the gate rounded to h's dtype; and kept
+        (B, T), bool: what the threshold says, or a route that is a function."""
         # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.2 on, and
         # have no gradient. Rounded to h's dtype it decides and multiplies, as in the released
         # model.
@@ -412,7 +413,8 @@ class FlexiDepth(nn.Module):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # where it was loaded from
-        # On the meta device nn.Embedding takes a second to make weights of its own, for imports.
+        # nn.Embedding is given its weights. To make its own on the meta device, it would import
+        # modules of torch, which takes a second.
         words = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding.from_pretrained(words)

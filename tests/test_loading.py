@@ -393,6 +393,21 @@ def test_save_pretrained_spares_the_base(folder):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+def test_save_pretrained_that_fails_leaves_the_old_model(folder, tmp_path, monkeypatch):
+    """A full disk may leave the new config.json beside the old weights, which do not fit it."""
+    FlexiDepth.from_pretrained(folder, routing_layers=[1]).save_pretrained(tmp_path / "new")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    other = FlexiDepth.from_pretrained(folder, routing_layers=[2])
+
+    def fail(*arguments):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(flexidepth, "save_file", fail)
+    with pytest.raises(OSError, match="not written"):
+        other.save_pretrained(tmp_path / "new")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()} == before
+
+
 def test_save_pretrained_beside_folders(folder, tmp_path):
     """A base with a folder among its tokenizer's files, as transformers writes for a model with
     several chat templates, may not be saved at all."""

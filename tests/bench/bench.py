@@ -444,9 +444,7 @@ def masked_layer(layer: DecoderLayer, x, rotation, cache, route):
     attended = layer.self_attn(h, k, v, rotation)
     if layer.router is None:
         return layer.full_path(x, 1.0, attended), None, None
-    gate = torch.sigmoid(layer.router(h).float())
-    g = gate.to(x.dtype)[..., None]
-    kept = route(layer.index, gate)
+    gate, g, kept = layer.decide(h, route)
     full, skip = layer.full_path(x, g, attended), layer.skip_path(x, g)
     return torch.where(kept[..., None], full, skip), gate, kept
 
@@ -542,6 +540,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.threads < 1:
         parser.error(f"--rounds {args.rounds}, --threads {args.threads}: expected at least 1")
+    if args.gguf and not (find_spec("llama_cpp") and Path(args.gguf).is_file()):
+        parser.error(f"--gguf {args.gguf}: expected a file, and llama-cpp-python to be installed")
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     return args
 
