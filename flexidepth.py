@@ -137,21 +137,21 @@ class Config:
         """Read a config.json; overrides win unless None. ValueError if a key is missing, or set to
         what this file does not implement."""
         raw = read_json(path)
-        # Two spellings: rope_parameters (transformers 5); rope_theta and rope_scaling (older).
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        raw["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-        for key, known in SUPPORTED.items():
-            if raw.get(key) not in (None, *known):
-                raise ValueError(f"{path}: {key} {raw[key]!r} is not supported; expected "
-                                 f"{known or None}")
-
-        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
-        raw["rope_scaling"] = rope if raw["rope_type"] == "llama3" else None
-        raw |= {key: value for key, value in overrides.items() if value is not None}
-        names = [field.name for field in fields(cls)]
         try:
-            return cls(**{name: raw[name] for name in names if raw.get(name) is not None})
-        except (TypeError, ValueError, ZeroDivisionError) as error:  # missing, or not a number
+            # Two spellings: rope_parameters (transformers 5); rope_theta and rope_scaling (older).
+            rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+            raw["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+            for key, known in SUPPORTED.items():
+                if raw.get(key) not in (None, *known):
+                    raise ValueError(f"{key} {raw[key]!r} is not supported; expected "
+                                     f"{known or None}")
+
+            raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+            raw["rope_scaling"] = rope if raw["rope_type"] == "llama3" else None
+            raw |= {key: value for key, value in overrides.items() if value is not None}
+            names = [field.name for field in fields(cls) if raw.get(field.name) is not None]
+            return cls(**{name: raw[name] for name in names})
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
 
@@ -629,7 +629,8 @@ def compile_decode(model: FlexiDepth) -> None:
             for way in ways:
                 products_as_sums = way
                 mlps[0](x)  # compiles the code, which all of them share, as their shapes are equal
-                seconds[way] = min(timeit.repeat(lambda: [mlp(x) for mlp in mlps], number=1))
+                runs = timeit.repeat(lambda: [mlp(x) for mlp in mlps], number=1, repeat=20)
+                seconds[way] = min(runs)  # the one that other work disturbed least
     except Exception as error:  # a missing compiler shows in many ways
         products_as_sums = False
         raise ValueError(f"torch.compile does not work here ({str(error)[:100]!r}); it needs a C++ "

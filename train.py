@@ -9,7 +9,7 @@ Data is JSONL: {"messages": [{"role": "user", "content": ...}, {"role": "assista
 {"text": ...} a line, with any "task" to tell rows apart in the tables; a valid.jsonl beside it has
 the held-out rows. The folder --out gets flexidepth.safetensors, which sample.py and
 FlexiDepth.from_pretrained(model, flexidepth=out) take; train.json, the settings and results;
-metrics.jsonl, a line a step; tokens.safetensors and tokens-valid.safetensors, the data; and, until
+metrics.jsonl, a line a step; tokens.pt and tokens-valid.pt, the data; and, until
 the run ends, checkpoint.pt for --resume.
 
 At each routed layer a router gives a token a gate in (0, 1). Above 0.5 the token runs the layer,
@@ -43,8 +43,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
@@ -247,7 +245,7 @@ def tokenize(row: dict, tokenizer: Tokenizer, answers_only: bool) -> Row:
 
 
 def write_rows(data: Path, file: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Tokenise a JSONL file into one safetensors file. Rows left out are counted by the reason."""
+    """Tokenise a JSONL file into one file of tensors. Rows left out are counted by the reason."""
     ids = array("i")
     counted = bytearray()
     lengths = []
@@ -281,14 +279,12 @@ def write_rows(data: Path, file: Path, tokenizer: Tokenizer, args: argparse.Name
     if marked:
         say(f"{data}: warning: {marked} rows of text hold special tokens by name, such as chat "
             "markers. They are read as plain text; rows of messages get the model's own format.")
-    names = list(dict.fromkeys(tasks))
-    numbers = {name: number for number, name in enumerate(names)}
-    tensors = {"ids": torch.frombuffer(ids, dtype=torch.int32),
+    content = {"ids": torch.frombuffer(ids, dtype=torch.int32),
                "counted": torch.frombuffer(counted, dtype=torch.bool),
                "lengths": torch.tensor(lengths),
-               "tasks": torch.tensor([numbers[task] for task in tasks])}
+               "tasks": tasks}
     with whole_file(file) as temporary:
-        save_file(tensors, temporary, {"tasks": json.dumps(names)})
+        torch.save(content, temporary)
 
 
 class Rows:
@@ -298,12 +294,11 @@ class Rows:
             write_rows(data, file, tokenizer, args)
         if WORLD > 1:
             dist.barrier()
-        with safe_open(file, framework="pt") as opened:
-            self.ids = opened.get_tensor("ids").numpy()
-            self.counted = opened.get_tensor("counted").numpy()
-            self.lengths = opened.get_tensor("lengths").numpy()
-            tasks = json.loads(opened.metadata()["tasks"])
-            self.tasks = [tasks[i] for i in opened.get_tensor("tasks").tolist()]
+        content = torch.load(file, mmap=True, weights_only=True)
+        self.ids = content["ids"].numpy()
+        self.counted = content["counted"].numpy()
+        self.lengths = content["lengths"].numpy()
+        self.tasks = content["tasks"]
         self.ends = self.lengths.cumsum()
 
     def __len__(self) -> int:
@@ -417,15 +412,13 @@ def evaluate(token_losses: nn.Module, rows: Rows, config: Config, args: argparse
     same                 share of tokens for which both find the same token likeliest
     layers               mean depth
     base_exact, exact    share of rows in which every token that counts is the likeliest one. Where
-                         that is one answer a row, greedy decoding would give just this answer"""
+                         that is one answer a row, greedy decoding would give just this answer
+
+    Of several processes each evaluates all rows, so that none waits for another with FSDP."""
     order = np.argsort(rows.lengths, kind="stable")
-    size = args.micro_batch_size
-    batches = [order[i:i + size] for i in range(0, len(order), size)]
     totals = defaultdict(Counter)
-    # FSDP needs all processes to run equally often. A process that has no batch left runs one of
-    # the first again, which is not counted.
-    for i in range(RANK, math.ceil(len(batches) / WORLD) * WORLD, WORLD):
-        batch = [rows[j] for j in batches[i % len(batches)]]
+    for start in range(0, len(order), args.micro_batch_size):
+        batch = [rows[i] for i in order[start:start + args.micro_batch_size]]
         input_ids, targets, _ = collate(batch, args.device)
         due = targets != -100
         base_loss, base_best, _, _ = token_losses(input_ids, targets, "full")
@@ -433,8 +426,6 @@ def evaluate(token_losses: nn.Module, rows: Rows, config: Config, args: argparse
         layers = layers_used(kept, config)[due]
         figures = torch.stack([base_loss, loss, best == base_best, layers,
                                base_best == targets[due], best == targets[due]], 1)
-        if i >= len(batches):
-            continue
         for row, tokens in zip(batch, figures.split(due.sum(1).tolist())):
             sums = tokens.sum(0).tolist()
             exact = tokens[:, 4:].all(0).tolist()
@@ -442,12 +433,6 @@ def evaluate(token_losses: nn.Module, rows: Rows, config: Config, args: argparse
                 rows=1, tokens=len(tokens), base_loss=sums[0], loss=sums[1], same=sums[2],
                 layers=sums[3], base_exact=exact[0], exact=exact[1])
 
-    if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, dict(totals))
-        totals = defaultdict(Counter)
-        for task, counts in [item for part in parts for item in part.items()]:
-            totals[task].update(counts)
     table = {}
     for task, total in sorted(totals.items()):
         table[task] = {"rows": total["rows"], "tokens": total["tokens"]}
@@ -575,8 +560,8 @@ def main() -> None:
     if valid is None and (data.parent / "valid.jsonl").is_file():
         valid = data.parent / "valid.jsonl"
     args.seq_len = min(args.seq_len, config.max_position_embeddings)
-    rows = Rows(data, args.out / "tokens.safetensors", tokenizer, args)
-    held_out = valid and Rows(valid, args.out / "tokens-valid.safetensors", tokenizer, args)
+    rows = Rows(data, args.out / "tokens.pt", tokenizer, args)
+    held_out = valid and Rows(valid, args.out / "tokens-valid.pt", tokenizer, args)
     wanted = args.epochs if args.steps is None else args.steps
     if wanted and len(rows) < args.batch_size:
         raise ValueError(f"{data}: {len(rows)} rows to use, fewer than --batch-size "

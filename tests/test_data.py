@@ -41,7 +41,7 @@ def read(tmp_path, llama3):
         if isinstance(content, bytes):
             (tmp_path / "rows.jsonl").write_bytes(content)
             content = tmp_path / "rows.jsonl"
-        return train.Rows(content, tmp_path / "tokens.safetensors", llama3, args)
+        return train.Rows(content, tmp_path / "tokens.pt", llama3, args)
     return read
 
 

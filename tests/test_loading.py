@@ -260,6 +260,7 @@ def test_a_name_that_is_not_in_the_cache(no_cache):
     ({"model_type": "qwen2"}, "qwen2"), ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, "linear"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
+    ({"rope_scaling": "linear"}, "config.json"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"), ({"routing_layers": [9]}, "9"),
     ({"vocab_size": None}, "vocab_size"), ({"hidden_size": 64}, "size mismatch"),
