@@ -13,10 +13,11 @@ token x that enters such a layer, with h = input_layernorm(x) and norm the layer
 
 A token with g = 0.4 skips. It still gets its norms, router, key, value and adapter, whose output is
 scaled by 0.6 and added. It needs no query, attention, output projection or mlp: that is the saving.
-(Where some tokens of a prompt or batch run the layer and some skip it, attention itself is computed
-for all of them, because that is faster; the projections and the mlp are not.) Its key and value are
-needed: later tokens that run this layer attend to all tokens before them. In Llama-3-8B a token
-that skips a layer uses 22 million weights of it instead of 218 million.
+Its key and value are needed: later tokens that run this layer attend to all tokens before them. In
+Llama-3-8B a token that skips a layer uses 22 million weights of it instead of 218 million. (Where
+some tokens of a prompt or batch run the layer and some skip it, attention itself is computed for
+all of them, because that is faster. q_proj, o_proj and the mlp still run only for those that keep
+the layer.)
 
 The routers and adapters are trained on L = L_lm + alpha * L_skip. L_lm is the language model's
 cross-entropy, L_skip the mean over tokens of (sum over the layers of the token's gates)², and
@@ -27,10 +28,10 @@ one. A model called with route="full", in place of the default "learned", leaves
 adapters out: it is the pre-trained model.
 
 Another routing rule needs no change here: pass route=function(layer_index, gate) -> kept. The
-function replaces the comparison g > threshold and nothing else. A token that it keeps still has its
-mlp's output multiplied by g, and one that it lets skip its adapter's by 1 - g. It gets the index of
-the layer among all L, and the gates (B, T) of the new tokens in the base's dtype, but no positions.
-It returns a bool tensor that broadcasts to (B, T).
+function gets the layer's index among all layers, and the gates (B, T) of the new tokens in the
+base's dtype, but no positions. It returns a bool tensor that broadcasts to (B, T): True where the
+token takes the full path. It replaces the comparison g > threshold and nothing else: the factors g
+and 1 - g stay.
 
 In this example one folder holds both a base model and the routers and adapters for it:
 
@@ -52,14 +53,13 @@ use decide alike.
 
 Letters in shapes: B batch, T new tokens, S cached and new tokens, N tokens of the B * T that run a
 layer; D hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; L layers, R of
-them FlexiDepth layers (routing_layers), in layer order.
+them FlexiDepth layers (routing_layers), in layer order. A lone token means B = T = 1.
 """
 import base64
 import json
 import os
 import re
 import shutil
-import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -198,7 +198,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all layers and tokens, (L, B, K, max_length, d) each. For inference."""
+    """Keys and values of all layers and tokens, (L, B, K, max_length, d) each, for inference. Its
+    device and dtype have to be the model's."""
     def __init__(self, config: Config, batch_size: int, max_length: int, device="cpu", dtype=None):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length,
                  config.head_dim)
@@ -210,12 +211,12 @@ class KVCache:
 
     def update(self, layer_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, T, d) of the new tokens; return all of the layer's, (B, K, S, d).
-        ValueError if the cache is of other rows, or full."""
+        ValueError if the batch size differs, or the cache is too short."""
         _, rows, _, room, _ = self.keys.shape
         end = self.length + k.shape[2]
         if k.shape[0] != rows or end > room:
-            raise ValueError(
-                f"{k.shape[0]} rows of {end} tokens; the cache is for {rows} of {room}")
+            raise ValueError(f"{k.shape[0]} rows with {end} tokens; the cache has room for {rows} "
+                             f"rows with {room}")
         keys = self.keys[layer_index, :, :, :end]
         values = self.values[layer_index, :, :, :end]
         keys[:, :, self.length:] = k
@@ -244,7 +245,7 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation,
                 mask: Tensor | None = None) -> Tensor:
         """Second step: all tokens of h (B, T, D) attend to k and v (B, K, S, d) -> (B, T, D).
-        mask (1, S), bool: the keys that a single token sees, where that is not all of them."""
+        mask (1, S), bool, only with T = 1: the keys that the token sees, where that is not all."""
         attended = self.attend(self.q_proj(h), k, v, rotation, mask)
         return self.o_proj(attended)                                              # (B, T, D)
 
@@ -253,24 +254,24 @@ class Attention(nn.Module):
         """Second step, only for the N tokens at these places (N,) among the B * T -> (N, D)."""
         B, T, _ = h.shape
         queries = self.q_proj(h.flatten(0, 1)[places])                            # (N, H * d)
-        # Each query goes to its own place among the B * T, so that the causal kernel can be used.
-        # The other places hold zeros, because the NaN that unused memory may hold would spoil the
-        # gradients of keys and values. Their attention is computed in vain and never read.
+        # Each query goes back to its own place among the B * T, where `attend` knows what it sees.
+        # Attention of the other places is computed in vain and never read. They hold zeros, because
+        # the NaN that unused memory may hold would spoil the gradients of keys and values.
         q = queries.new_zeros(B * T, queries.shape[-1]).index_copy(0, places, queries)
         attended = self.attend(q.unflatten(0, (B, T)), k, v, rotation)
         return self.o_proj(attended.flatten(0, 1)[places])                        # (N, D)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation,
                mask: Tensor | None = None) -> Tensor:
-        """Attention of unrotated queries (B, T, H * d) to (B, K, S, d) -> (B, T, H * d). Several
-        tokens attend causally; mask is for a single one."""
+        """Attention of unrotated queries (B, T, H * d) to (B, K, S, d) -> (B, T, H * d). With T > 1
+        tokens attend causally. mask is for T = 1."""
         B, T, _ = q.shape
         K = k.shape[1]
         S = k.shape[2]
         q = rotate(q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), rotation)    # (B, H, T, d)
         if T == 1:
-            # A single token sees all keys. The queries that share a key head are rows of one
-            # matrix product, so that the keys are read once for all of them.
+            # The one token of each row sees all of the row's keys. The queries that share a key
+            # head are rows of one matrix product, so that the keys are read once for all of them.
             q = q.reshape(B, K, -1, self.head_dim)                                # (B, K, H / K, d)
             return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, 1, -1)
 
@@ -335,16 +336,17 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.router = Router(config) if index in config.routing_layers else None
-        # the adapter, by its official name
-        self.router_proj = Adapter(config) if index in config.routing_layers else None
+        self.router = None
+        self.router_proj = None  # the adapter, by its official name
+        if index in config.routing_layers:
+            self.router = Router(config)
+            self.router_proj = Adapter(config)
 
     def decide(self, h: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
         """h (B, T, D) -> gate (B, T), float32; g (B, T, 1), the gate rounded to h's dtype; and kept
-        (B, T), bool: what the threshold says, or a route that is a function."""
+        (B, T), bool: whether g > threshold, or what the route function returns."""
         # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.2 on, and
-        # have no gradient. Rounded to h's dtype it decides and multiplies, as in the released
-        # model.
+        # have no gradient. The rounded gate decides and multiplies, as in the released model.
         gate = torch.sigmoid(self.router(h).float())
         rounded = gate.to(h.dtype)
         if route == "learned":
@@ -377,20 +379,20 @@ class DecoderLayer(nn.Module):
         gate, g, kept = self.decide(h, route)
         N = int(kept.sum())  # the layer's only wait for the device; nothing below waits
         if not torch.is_grad_enabled():
-            # If all tokens go one way, as a single token always does, nothing is gathered, and the
+            # If all tokens go one way, as a lone token always does, nothing is gathered, and the
             # weights of the other path are not read.
             if N == kept.numel():
                 return self.full_path(x, g, self.self_attn(h, k, v, rotation)), gate, kept
             if N == 0:
                 return self.skip_path(x, g), gate, kept
 
-        # Tokens are gathered by their path, and put back. With gradients both paths run even if no
-        # token takes one of them: its gradients are then zeros and not None, which DDP needs.
-        # Sorting puts the places of kept tokens first, each group in order. nonzero() would give
-        # the same, but would wait for the device.
+        # Tokens are gathered by their path, and put back. The places of kept tokens come first, and
+        # each group is in order. nonzero() would give the same, but would wait for the device.
         places = kept.flatten().int().argsort(descending=True, stable=True)       # (B * T,)
-        full = places[:N]
-        skip = places[N:]
+        full = places[:N]                                                         # (N,)
+        skip = places[N:]                                                         # (B * T - N,)
+        # With gradients both paths run, even if one of them has no token. Its gradients are then
+        # zeros and not None, which DDP needs.
         tokens = x.flatten(0, 1)                                                  # (B * T, D)
         g = g.flatten(0, 1)                                                       # (B * T, 1)
         attended = self.self_attn.forward_kept(h, k, v, rotation, full)           # (N, D)
@@ -413,8 +415,8 @@ class FlexiDepth(nn.Module):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # where it was loaded from
-        # nn.Embedding is given its weights. To make its own on the meta device, it would import
-        # modules of torch, which takes a second.
+        # The embedding is given its weights, though from_pretrained replaces them. Making its own
+        # on the meta device, it would import more of torch, which takes a second.
         words = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding.from_pretrained(words)
@@ -452,8 +454,8 @@ class FlexiDepth(nn.Module):
 
         x = self.model.embed_tokens(input_ids)                                    # (B, T, D)
         angle = torch.arange(start, end, device="cpu")[:, None] * self.frequencies    # (T, d/2)
-        # On CUDA the host need not wait for the copies. Other devices might read the tensors only
-        # when their memory holds something else.
+        # The host need not wait for copies to CUDA, which are in order with the work that reads
+        # them. Other devices may not promise that.
         cos = angle.cos().to(x, non_blocking=x.is_cuda)
         sin = angle.sin().to(x, non_blocking=x.is_cuda)
         rotation = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)          # (T, d) each
@@ -557,14 +559,14 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
              ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield token and depth, int64 (B,) each, after prompts (B, T) of one length. The depth is that
     of the position that predicted the token. Prompts and answers are both routed. After
-    compile_decode(model) single tokens run compiled code.
+    compile_decode(model) a lone token runs compiled code.
 
     Ends when each row has had a token of stop_ids, after max_new_tokens, or at the end of the
     context. A row that has had one goes on until all have: what it yields then means nothing.
     generators: as for `sample`. ValueError, at the first token, if a setting is wrong, and later
     if the logits are no longer finite."""
     context = model.config.max_position_embeddings
-    if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= context or not len(input_ids):
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.shape[1] > context:
         raise ValueError(f"input_ids {[*input_ids.shape]}; expected (B, T), T from 1 to {context}")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}; expected >= 0 and in (0, 1]")
@@ -577,9 +579,10 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
     cache = KVCache(model.config, B, T + new_tokens - 1, weight.device, weight.dtype)
     input_ids = input_ids.to(weight.device)
     for _ in range(new_tokens):
-        # For a single token oneDNN would repack all weights to use them once: it is switched off.
+        # For a lone token oneDNN would repack all weights to use them once, so it is on only for
+        # more than one. None leaves the other settings as they are.
         onednn = torch.backends.mkldnn.enabled and input_ids.numel() > 1
-        with torch.backends.mkldnn.flags(  # None leaves a setting as it is
+        with torch.backends.mkldnn.flags(
                 enabled=onednn, deterministic=None, allow_tf32=None, fp32_precision=None):
             x, _, kept = model.hidden_states(input_ids, cache, route)
             logits = model.head(x[:, -1])                                         # (B, V)
@@ -598,44 +601,27 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
 
 
 # ---- Compiled decoding ---------------------------------------------------------------------------
-# Whether compiled code computes a single token's matrix product as a sum. compile_decode sets it to
-# what is faster on the machine.
-products_as_sums = False
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear. For a single token in compiled code it may be a sum instead, which the compiler
-    turns into one pass over the weights. On many processors that reads them faster."""
-    if products_as_sums and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
-        return (weight * x.unsqueeze(-2)).sum(-1)
+    """F.linear. For a lone token in compiled code on a CPU it may be a sum instead, which the
+    compiler turns into a single pass over the weights."""
+    if torch.compiler.is_compiling() and x.numel() == x.shape[-1] and x.device.type == "cpu":
+        # This is faster where the token fits into the fastest cache beside the weights.
+        if x.dtype == torch.float32 and x.numel() <= 2048:
+            return (weight * x.unsqueeze(-2)).sum(-1)
     return F.linear(x, weight)
 
 
 def compile_decode(model: FlexiDepth) -> None:
-    """Let torch.compile make the code that `generate` runs for a single token: one function for a
-    layer, and one for the head. Compiling takes some seconds, now and at the first tokens. Sums are
-    added in another order then, so that the last bits of logits and gates change. Layers run
-    prompts, batches, and routes that are functions as before. To be called once for a model.
+    """Let torch.compile make the code that `generate` runs for a lone token: one function for a
+    layer, and one for the head. Compiling takes some seconds, at the first tokens. Compiled code
+    adds in another order, so that the last bits of logits and gates change. Prompts, batches and
+    routes that are functions still run the eager layers. To be called once for a model.
     ValueError if there is no compiler: it takes a C++ compiler, and on a GPU Triton as well."""
-    global products_as_sums
-    x = model.model.embed_tokens.weight[:1]  # any hidden states will do
-    mlps = [torch.compile(layer.mlp) for layer in model.model.layers]
-    ways = [False]
-    if x.device.type == "cpu":  # it depends on the processor which way is faster
-        ways.append(True)
-    seconds = {}
     try:
-        with torch.inference_mode():
-            for way in ways:
-                products_as_sums = way
-                mlps[0](x)  # compiles the code, which all of them share, as their shapes are equal
-                runs = timeit.repeat(lambda: [mlp(x) for mlp in mlps], number=1, repeat=20)
-                seconds[way] = min(runs)  # the one that other work disturbed least
+        torch.compile(model.model.layers[0].mlp)(model.model.embed_tokens.weight[:1])
     except Exception as error:  # a missing compiler shows in many ways
-        products_as_sums = False
         raise ValueError(f"torch.compile does not work here ({str(error)[:100]!r}); it needs a C++ "
                          "compiler, and Triton on a GPU") from None
-    products_as_sums = min(seconds, key=seconds.get)
 
     compiled_layer = torch.compile(decode_layer)
     compiled_head = torch.compile(model.head)
@@ -654,8 +640,9 @@ def compile_decode(model: FlexiDepth) -> None:
 def decode_or_run(compiled_layer: Callable, layer: DecoderLayer, eager: Callable, x: Tensor,
                   rotation: Rotation, cache: KVCache | None, route: Route
                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """DecoderLayer.forward of a compiled model: only a single token takes the compiled code."""
-    if cache is None or callable(route) or x.shape[:2] != (1, 1):
+    """DecoderLayer.forward of a compiled model: only a lone token takes the compiled code."""
+    has_room = cache is not None and cache.length < cache.keys.shape[3]
+    if not has_room or callable(route) or x.shape[:2] != (1, 1):
         return eager(x, rotation, cache, route)
     place = torch.full((1,), cache.length, device=x.device)
     keys = cache.keys[layer.index]                                                # (1, K, S, d)
@@ -665,7 +652,7 @@ def decode_or_run(compiled_layer: Callable, layer: DecoderLayer, eager: Callable
 
 def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
                  place: Tensor, route: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """DecoderLayer.forward for a single token x (1, 1, D), in a form that compiles as a whole. A
+    """DecoderLayer.forward for a lone token x (1, 1, D), in a form that compiles as a whole. A
     decision by the host would cut the code in pieces, so it is a torch.cond here. A cache that
     grows would need new code for each length, so attention is to the whole cache, keys and values
     (1, K, max_length, d), under a mask, and the token's place (1,) in it is a tensor."""
@@ -675,16 +662,16 @@ def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tenso
     values.index_copy_(2, place, v)
     mask = torch.arange(keys.shape[2], device=x.device)[None] <= place            # (1, max_length)
 
-    def full(x: Tensor, h: Tensor, g: Tensor | float) -> Tensor:
+    def run_full(x: Tensor, h: Tensor, g: Tensor | float) -> Tensor:
         return layer.full_path(x, g, layer.self_attn(h, keys, values, rotation, mask))
 
-    def skip(x: Tensor, h: Tensor, g: Tensor) -> Tensor:
+    def run_skip(x: Tensor, h: Tensor, g: Tensor) -> Tensor:
         return layer.skip_path(x, g)
 
     if layer.router is None or route == "full":
-        return full(x, h, 1.0), None, None
+        return run_full(x, h, 1.0), None, None
     gate, g, kept = layer.decide(h, route)
-    return torch.cond(kept.all(), full, skip, (x, h, g)), gate, kept
+    return torch.cond(kept.all(), run_full, run_skip, (x, h, g)), gate, kept
 
 
 # ---- Loading and saving --------------------------------------------------------------------------
@@ -743,8 +730,8 @@ def read_tensors(path: Path, name: str, device: str) -> tuple[dict[str, Tensor],
         try:
             with safe_open(file, framework="pt", device=str(device)) as opened:
                 metadata |= opened.metadata() or {}
-                for key in opened.keys():
-                    if wanted is None or key in wanted:
+                for key in wanted or opened.keys():
+                    if not key.endswith("rotary_emb.inv_freq"):  # old files hold what we compute
                         tensors[key] = opened.get_tensor(key)
         except SafetensorError as error:
             with open(file, "rb") as opened:
@@ -755,6 +742,11 @@ def read_tensors(path: Path, name: str, device: str) -> tuple[dict[str, Tensor],
     return tensors, metadata
 
 
+def pop_trained(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the tensors of routers and adapters out of those of a checkpoint."""
+    return {name: tensors.pop(name) for name in list(tensors) if TRAINED.match(name)}
+
+
 def load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dtype) -> FlexiDepth:
     """The work of FlexiDepth.from_pretrained."""
     try:
@@ -762,16 +754,15 @@ def load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dty
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r}: {str(error)[:100]}") from None
     folder = find_folder(path)
-    own, metadata = read_tensors(folder, "model.safetensors", device)
-    trained = {name: t for name, t in own.items() if TRAINED.match(name)}
-    base = {name: t for name, t in own.items()
-            if name not in trained and not name.endswith("rotary_emb.inv_freq")}
+    base, metadata = read_tensors(folder, "model.safetensors", device)
+    trained = pop_trained(base)
     if flexidepth is not None:
         source = Path(flexidepth).expanduser()
         if not source.is_file():
             source = find_folder(flexidepth)
         given, metadata = read_tensors(source, "flexidepth.safetensors", device)
-        trained = {name: t for name, t in given.items() if TRAINED.match(name)}
+        trained = pop_trained(given)
+        del given  # a file that holds a whole model would fill memory
         if not trained:
             raise FileNotFoundError(f"{source}: no flexidepth.safetensors, or no routers in it")
 
@@ -800,9 +791,10 @@ def load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dty
     model.folder = folder
     if not trained:
         for index in config.routing_layers:
-            for part, module in (("router", Router(config)), ("router_proj", Adapter(config))):
-                for name, t in module.state_dict().items():
-                    trained[f"model.layers.{index}.{part}.{name}"] = t.to(device)
+            layer = model.model.layers[index]
+            layer.router = Router(config).to(device)
+            layer.router_proj = Adapter(config).to(device)
+        trained = {name: t for name, t in model.state_dict().items() if TRAINED.match(name)}
 
     if dtype is None:
         dtype = common_dtype(base, read_json(folder / "config.json"))
@@ -812,17 +804,18 @@ def load_model(cls, path, flexidepth, routing_layers, device, dtype, trained_dty
     try:
         model.load_state_dict(base | trained, strict=True, assign=True)
     except RuntimeError as error:  # all names and shapes, which may be hundreds of lines
+        files = f"{path} with {flexidepth}" if flexidepth else path
         message = " ".join(str(error).split())
-        raise ValueError(f"{flexidepth or path}: {message}"[:300]) from None
+        raise ValueError(f"{files}: {message}"[:300]) from None
     return model
 
 
 def common_dtype(tensors: dict[str, Tensor], config: dict) -> torch.dtype:
     """The dtype of all tensors; if they differ, that of config.json, or else of the embedding."""
     dtypes = {t.dtype for t in tensors.values()}
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     if len(dtypes) == 1:
         return dtypes.pop()
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     if isinstance(named, torch.dtype):
         return named
     embedding = tensors.get("model.embed_tokens.weight")
@@ -856,11 +849,11 @@ def save_trained(file: Path, trained: dict[str, Tensor], config: Config) -> None
 def save_model(model: FlexiDepth, folder: Path) -> None:
     """The work of FlexiDepth.save_pretrained."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = model.model.embed_tokens.weight.dtype
-    raw = asdict(model.config)
-    if raw["rope_scaling"]:
-        raw["rope_scaling"]["rope_type"] = "llama3"
-    if model.folder is not None:
+    if model.folder is None:
+        raw = asdict(model.config)
+        if raw["rope_scaling"]:
+            raw["rope_scaling"]["rope_type"] = "llama3"
+    else:
         if model.folder.samefile(folder):
             raise ValueError(f"{folder}: the base model is in this folder; give another one")
         raw = read_json(model.folder / "config.json")
@@ -870,6 +863,7 @@ def save_model(model: FlexiDepth, folder: Path) -> None:
                 copy = folder / file.relative_to(model.folder)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
+    dtype = model.model.embed_tokens.weight.dtype
     raw.pop("dtype", None)  # transformers 5 writes this for torch_dtype
     raw |= {"model_type": "ddllama", "routing_layers": model.config.routing_layers,
             "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -1049,13 +1043,12 @@ class Tokenizer:
             "flexidepth", pat_str=vocabulary.pattern, mergeable_ranks=ranks,
             special_tokens=special | self.added)
 
-        # The format is the one whose first token the template names, or, where there is no
-        # template, the one whose first token there is. If both are named, neither is taken.
-        source = chat_template or special
-        named = [name for name, tokens in CHAT_FORMATS.items() if tokens[0] in source]
-        self.chat_format = None
-        if len(named) == 1 and all(token in special for token in CHAT_FORMATS[named[0]]):
-            self.chat_format = named[0]
+        # A format fits if all of its tokens are special, and the template, if there is one, names
+        # the first of them. Two that fit leave open which is meant.
+        fitting = [name for name, tokens in CHAT_FORMATS.items()
+                   if all(token in special for token in tokens)
+                   and tokens[0] in (chat_template or tokens[0])]
+        self.chat_format = fitting[0] if len(fitting) == 1 else None
         self.begin_chat = []
         if self.chat_format == "llama3" or "bos_token" in chat_template:
             self.begin_chat = self.begin
@@ -1083,9 +1076,9 @@ class Tokenizer:
         return cls(max(vocabularies, key=Vocabulary.size), read_chat_template(folder), stop_ids)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids. A special token's name inside the text is encoded as plain text. Bytes that
-        are no tokens are left out. bos and eos add the tokens that this tokenizer's texts begin
-        and end with, if it has such tokens."""
+        """Token ids. Names of special tokens in the text are plain text. Those of other added
+        tokens are recognised. Bytes that the vocabulary lacks are left out. bos and eos add the
+        tokens that this tokenizer's texts begin and end with, if it has such tokens."""
         ids = []
         for part in self.find_added.split(text):
             if part in self.added:
@@ -1099,7 +1092,8 @@ class Tokenizer:
 
     def encode_message(self, message: dict) -> tuple[list[int], list[bool]]:
         """Token ids of one message of a chat, {"role": ..., "content": ...}, and a list of bools,
-        True at the content and at the token that ends the turn: what its author says."""
+        True at the tokens that begin in the content, and at the one that ends the turn: what the
+        author says."""
         content = message["content"]
         opening, prefix = self.open_message(message["role"])
         if self.chat_format == "llama3":
@@ -1108,8 +1102,8 @@ class Tokenizer:
         else:
             closing = [self.special["<|im_end|>"], *self.encode("\n")]
 
-        # To the template, prefix and content are one text: one token may hold the end of the prefix
-        # and the beginning of the content.
+        # To the template, prefix and content are one text. A token that holds the end of the prefix
+        # and the beginning of the content counts as prefix.
         text = self.encode(prefix + content)
         said = [False] * len(opening)
         place = 0

@@ -5,17 +5,20 @@
     python train.py --model meta-llama/Meta-Llama-3-8B-Instruct --data tulu.jsonl
     torchrun --nproc-per-node 8 train.py --model ...      # on 8 GPUs
 
-Data is JSONL: {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]} or
-{"text": ...} a line, with any "task" to tell rows apart in the tables; a valid.jsonl beside it has
-the held-out rows. The folder --out gets flexidepth.safetensors, which sample.py and
-FlexiDepth.from_pretrained(model, flexidepth=out) take; train.json, the settings and results;
-metrics.jsonl, a line a step; tokens.pt and tokens-valid.pt, the data; and, until
-the run ends, checkpoint.pt for --resume.
+Each line of the data is {"messages": [{"role": "user", "content": ...}, ...]} or {"text": ...}. An
+optional "task" names its row in the tables. A valid.jsonl beside the data holds the held-out rows.
+The folder --out gets
+
+    flexidepth.safetensors    routers and adapters, for sample.py and FlexiDepth.from_pretrained
+    train.json                the settings and the table of held-out rows
+    metrics.jsonl             a line a step
+    tokens*.pt                the data as tokens
+    checkpoint.pt             for --resume; it goes when the run has ended
 
 At each routed layer a router gives a token a gate in (0, 1). Above 0.5 the token runs the layer,
-else a small adapter in its place. L_lm is the cross-entropy of the next tokens, L_skip the mean
-over tokens of (sum of the token's gates)², and alpha the price of depth. flexidepth.py has the
-equations.
+and the gate scales the layer's mlp; else a small adapter runs in its place. L_lm is the
+cross-entropy of the next tokens, L_skip the mean over tokens of (sum of the token's gates)², and
+alpha the price of depth. flexidepth.py has the equations.
 
 One step: the rows of a batch are sorted by length and cut into micro-batches, which the processes
 share. Each micro-batch adds its part to the gradients of L_lm + alpha * L_skip. Both losses are
@@ -73,7 +76,7 @@ RECIPES = {
 }
 RECIPE_HELP = f"defaults of the options below: {', '.join(RECIPES)} (default: by the model's size)"
 
-# torchrun tells each process its place.
+# torchrun tells each process its place. A WORLD_SIZE without LOCAL_RANK is none of torchrun's.
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 
@@ -110,7 +113,8 @@ def parse_args() -> argparse.Namespace:
     add("--clip", type=float, default=0.0, help="largest norm of the gradients (0: no clipping)")
     add("--recipe", choices=RECIPES, help=RECIPE_HELP)
     add("--plain-end", type=int,
-        help="so many of the last layers stay plain; the half that is routed moves down by as many")
+        help="so many of the last layers stay plain; the half that is routed moves down by as many "
+             "(for new routers)")
     add("--alpha", type=float, help="price of depth, the weight of L_skip")
     add("--falling-alpha", action=argparse.BooleanOptionalAction,
         help="let alpha rise and fall with the learning rate")
@@ -118,7 +122,7 @@ def parse_args() -> argparse.Namespace:
         help="share of the steps, at first, in which every token runs every layer")
     add("--lr", type=float, help="peak learning rate")
     add("--router-lr", type=float, help="factor on --lr for the routers")
-    add("--epochs", type=float, help="passes over the data; 0 trains nothing and only evaluates")
+    add("--epochs", type=float, help="passes over the data; 0 trains nothing, but evaluates")
     add("--steps", type=int, help="optimiser steps, in place of --epochs")
     add("--batch-size", type=int, help="rows a step, of all processes together")
     add("--micro-batch-size", type=int, help="rows on a device at a time")
@@ -126,17 +130,17 @@ def parse_args() -> argparse.Namespace:
     add("--answers-only", action=argparse.BooleanOptionalAction, help="L_lm on answers alone")
     args = parser.parse_args()
 
-    if args.recipe is None:
-        args.recipe = default_recipe(args.model)
-    parser.set_defaults(**RECIPES[args.recipe])  # and parse again, with these defaults
-    args = parser.parse_args(namespace=argparse.Namespace(recipe=args.recipe))
+    recipe = args.recipe or default_recipe(args.model)
+    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
+    args = parser.parse_args()  # again, with the recipe's defaults
     for name in ("batch_size", "micro_batch_size", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     for name in ("plain_end", "alpha", "open_warmup", "lr", "router_lr", "beta2", "clip", "epochs",
                  "steps", "eval_every", "seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**63:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number "
+                         "from 0 to 2**63")
     args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // WORLD))
     if args.batch_size % (WORLD * args.micro_batch_size):
         parser.error(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes times "
@@ -170,7 +174,7 @@ def say(text: str, end: str = "\n") -> None:
 class Row:
     ids: np.ndarray      # (T,) int32
     counted: np.ndarray  # (T,) bool, where a token counts in L_lm
-    task: str = "all"
+    task: str
 
 
 def open_lines(path: Path) -> Iterator[bytes]:
@@ -205,9 +209,9 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "
 
 
 def read_messages(row: dict) -> list[dict]:
-    """The conversation of a row, as [{"role": ..., "content": text}, ...]. Two spellings are read:
-    "messages" of "role" and "content", and ShareGPT's "conversations" of "from" and "value".
-    Messages without content, such as tool calls, are left out. ValueError if it is neither."""
+    """The conversation of a row, [{"role": ..., "content": text}, ...], or [] if it has none.
+    Besides "messages" it reads ShareGPT's "conversations". Messages without content, such as tool
+    calls, are left out. ValueError for an unknown role, or content that is no text."""
     messages = []
     for turn in row.get("messages") or row.get("conversations") or []:
         role = turn.get("role", turn.get("from"))
@@ -310,50 +314,50 @@ class Rows:
 
 
 def plan_batches(lengths: np.ndarray, steps: int, args: argparse.Namespace) -> Tensor:
-    """The rows of every step, int64 (steps, batch_size). They depend on the lengths, the batch size
-    and the seed alone, so that a run can be resumed anywhere.
+    """The rows of every step, int64 (steps, batch_size). They depend on the rows' lengths, the
+    batch size and the seed alone, so that a run can be resumed anywhere. Each epoch has an order of
+    its own. Rows that do not fill its last batch are left for other epochs.
 
-    Each epoch takes every row once, in an order of its own; rows that do not fill its last batch
-    are left for other epochs. A large batch is made of groups of GROUP rows of like length, which
-    need little padding where they share a micro-batch. A batch of fewer than eight groups would
-    have too little variety, and takes its rows in random order."""
+    Rows of like length need little padding where they share a micro-batch. A batch of 64 rows or
+    more is therefore made of groups of GROUP rows of like length, in random order. Smaller batches
+    would have too little variety then: their groups are single rows."""
     generator = torch.Generator().manual_seed(args.seed)
-    group_size = 1
-    if args.batch_size >= 8 * GROUP and args.batch_size % GROUP == 0:
-        group_size = GROUP
-    used = len(lengths) // args.batch_size * args.batch_size
     lengths = torch.from_numpy(lengths)
-    batches = [torch.empty(0, args.batch_size, dtype=torch.int64)]
+    size = args.batch_size
+    group_size = GROUP if size >= 64 and size % GROUP == 0 else 1
+    batches = [torch.empty(0, size, dtype=torch.int64)]
     while sum(map(len, batches)) < steps:
-        order = torch.randperm(len(lengths), generator=generator)[:used]
-        for pool in order.split(POOL * args.batch_size):
-            groups = pool[lengths[pool].argsort(stable=True)].view(-1, group_size)
-            groups = groups[torch.randperm(len(groups), generator=generator)]
-            batches.append(groups.view(-1, args.batch_size))
+        order = torch.randperm(len(lengths), generator=generator)
+        order = order[:len(lengths) // size * size]
+        for pool in order.split(POOL * size):
+            by_length = pool[lengths[pool].argsort(stable=True)]
+            groups = by_length.view(-1, group_size)
+            shuffled = groups[torch.randperm(len(groups), generator=generator)]
+            batches.append(shuffled.view(-1, size))
     return torch.cat(batches)[:steps]
 
 
 def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, targets (-100 where no loss is due) and real (whether the row has a next token
-    there), (B, T) each, for the T positions that have a next token in the longest row.
-    Padding stands at the end of a row, where no token that counts can attend to it."""
+    """Rows as padded tensors (B, T): input_ids; targets, -100 where a next token does not count in
+    L_lm; and real, False where a row has no next token. Padding is at the end of a row, where no
+    real token can attend to it."""
     ids = pad_sequence([torch.from_numpy(row.ids).long() for row in rows], batch_first=True)
     counted = pad_sequence([torch.from_numpy(row.counted) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row.ids) for row in rows])
     real = torch.arange(1, ids.shape[1]) < lengths[:, None]
-    input_ids = ids[:, :-1] * real  # zeros where nothing is predicted
+    input_ids = ids[:, :-1] * real  # zeros where a row has no next token
     targets = ids[:, 1:].masked_fill(~counted[:, 1:], -100)
     return input_ids.to(device), targets.to(device), real.to(device)
 
 
 # ---- Losses --------------------------------------------------------------------------------------
 class TokenLosses(nn.Module):
-    """A FlexiDepth model with its loss. DDP and FSDP wrap it as one module.
+    """A FlexiDepth model and its loss as one module, which DDP and FSDP can wrap.
 
-    forward(input_ids (B, T), targets (B, T), -100 where no loss is due, route: "learned", "full" or
-    a function, as in flexidepth.py) -> losses (N,), float32, and likeliest tokens (N,) at the N
-    places where a loss is due; the gates (B, T, R) of the R routed layers, and kept (B, T, R), True
-    where a token runs the layer. The last two are None with route="full"."""
+    forward takes input_ids and targets (B, T), as `collate` makes them, and a route, as in
+    flexidepth.py: "full" is the base alone. At the N places where a target counts it returns the
+    losses (N,), float32, and the likeliest tokens (N,). For the R routed layers it returns gates
+    (B, T, R) and kept (B, T, R), True where a token runs the layer, or None with route "full"."""
     def __init__(self, model: FlexiDepth):
         super().__init__()
         self.model = model
@@ -364,13 +368,13 @@ class TokenLosses(nn.Module):
         # The trained parts are float32. Autocast computes in the base's dtype where they meet it.
         with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
             x, gates, kept = self.model.hidden_states(input_ids, route=route)
-            due = targets != -100
+            counted = targets != -100
             chunk = max(1, LOGITS // self.model.config.vocab_size)
             head_loss = self.head_loss
-            if due.sum() > chunk:  # the logits of a chunk are not kept, but computed once more
+            if counted.sum() > chunk:  # the logits of a chunk are not kept, but computed once more
                 head_loss = partial(checkpoint, self.head_loss, use_reentrant=False)
             parts = [head_loss(*part)
-                     for part in zip(x[due].split(chunk), targets[due].split(chunk))]
+                     for part in zip(x[counted].split(chunk), targets[counted].split(chunk))]
         losses, likeliest = (torch.cat(part) for part in zip(*parts))
         return losses, likeliest, gates, kept
 
@@ -398,8 +402,7 @@ def distribute(model: FlexiDepth, args: argparse.Namespace) -> nn.Module:
         for module in (*model.model.layers, token_losses):  # the last one takes what is left
             fully_shard(module, mesh=mesh)
     elif WORLD > 1:
-        # All processes made the same model from the same seed, so none has to be sent around.
-        return DistributedDataParallel(token_losses, init_sync=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(token_losses, gradient_as_bucket_view=True)
     return token_losses
 
 
@@ -414,19 +417,19 @@ def evaluate(token_losses: nn.Module, rows: Rows, config: Config, args: argparse
     base_exact, exact    share of rows in which every token that counts is the likeliest one. Where
                          that is one answer a row, greedy decoding would give just this answer
 
-    Of several processes each evaluates all rows, so that none waits for another with FSDP."""
+    Of several processes each evaluates all rows, because FSDP needs them to run in step."""
     order = np.argsort(rows.lengths, kind="stable")
     totals = defaultdict(Counter)
     for start in range(0, len(order), args.micro_batch_size):
         batch = [rows[i] for i in order[start:start + args.micro_batch_size]]
         input_ids, targets, _ = collate(batch, args.device)
-        due = targets != -100
+        counted = targets != -100
         base_loss, base_best, _, _ = token_losses(input_ids, targets, "full")
         loss, best, _, kept = token_losses(input_ids, targets, "learned")
-        layers = layers_used(kept, config)[due]
+        layers = layers_used(kept, config)[counted]
         figures = torch.stack([base_loss, loss, best == base_best, layers,
-                               base_best == targets[due], best == targets[due]], 1)
-        for row, tokens in zip(batch, figures.split(due.sum(1).tolist())):
+                               base_best == targets[counted], best == targets[counted]], 1)
+        for row, tokens in zip(batch, figures.split(counted.sum(1).tolist())):
             sums = tokens.sum(0).tolist()
             exact = tokens[:, 4:].all(0).tolist()
             totals[row.task].update(
@@ -458,13 +461,36 @@ def print_table(table: dict[str, dict], num_layers: int) -> None:
             exact = f"{line['base_exact']:>9.1%}{line['exact']:>12.1%}"
         say(f"{ascii(task)[1:-1]:12.12}{rows:>6}{line['base_loss']:>9.4f}{line['loss']:>12.4f}"
             f"{line['same']:>17.1%}{exact}{line['layers']:>11.2f}")
-    kept = f"{mean['same']:.1%} of next tokens as the base's"
+    summary = (f"{1 - mean['layers'] / num_layers:.1%} of all layers skipped, "
+               f"{mean['same']:.1%} of next tokens as the base's")
     if mean["base_exact"] > 0:
-        kept += f", {mean['exact'] / mean['base_exact']:.1%} of exact match kept"
-    say(f"{1 - mean['layers'] / num_layers:.1%} of all layers skipped, {kept}")
+        summary += f", {mean['exact'] / mean['base_exact']:.1%} of exact match kept"
+    say(summary)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
+def make_fingerprint(args: argparse.Namespace, model: FlexiDepth, rows: Rows) -> dict:
+    """What must not change between a stop and --resume: what is trained, on which data, and how.
+    How a batch is cut may change."""
+    names = ("alpha", "falling_alpha", "open_warmup", "lr", "router_lr", "beta2", "clip",
+             "batch_size", "seq_len", "answers_only", "seed", "steps")
+    fingerprint = {name: getattr(args, name) for name in names}
+    fingerprint["model"] = asdict(model.config)
+    fingerprint["dtype"] = str(model.model.embed_tokens.weight.dtype)
+    fingerprint["data"] = digest([rows.ids, rows.counted, rows.lengths])
+    # The beginnings of its tensors are enough to tell one base from another.
+    fingerprint["base"] = digest(p.detach().flatten()[:1000].float().cpu().numpy()
+                                 for p in model.parameters() if not p.requires_grad)
+    return fingerprint
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(array)
+    return total.hexdigest()
+
+
 def save_checkpoint(file: Path, model, optimizer, step: int, fingerprint: dict) -> None:
     """What --resume needs. The file takes the place of the last one only when it is complete."""
     state = get_state_dict(model, optimizer, options=FULL_STATE)  # all processes give their parts
@@ -476,23 +502,25 @@ def save_checkpoint(file: Path, model, optimizer, step: int, fingerprint: dict) 
 
 
 def load_checkpoint(file: Path, model, optimizer, fingerprint: dict) -> int:
-    """Take on a checkpoint and return its step. The first process reads it for all of them."""
-    saved = None
-    if RANK == 0:
+    """Take on a checkpoint and return its step, or 0 where there is none. The first process reads
+    it for all of them. ValueError if it is of another run, or no checkpoint."""
+    saved = [None]
+    if RANK == 0 and file.is_file():
         try:
-            saved = torch.load(file, weights_only=True)
-            theirs = dict(saved)["fingerprint"].items()
+            saved = [torch.load(file, weights_only=True)]
+            before = dict(saved[0])["fingerprint"].items()
         except Exception as error:  # another program's file may fail in any way
             raise ValueError(f"{file}: not a checkpoint of train.py ({str(error)[:60]}); remove "
                              "it to begin anew") from None
-        for name, value in theirs:
+        for name, value in before:
             if fingerprint.get(name) != value:
                 raise ValueError(f"{file} is of another run: its {name} was {str(value)[:60]}, "
                                  f"now it is {str(fingerprint.get(name))[:60]}")
     if WORLD > 1:
-        received = [saved]
-        dist.broadcast_object_list(received)
-        saved = received[0]
+        dist.broadcast_object_list(saved)
+    saved = saved[0]
+    if saved is None:
+        return 0
     model_state, optimizer_state = saved["state"]
     set_state_dict(model, optimizer, model_state_dict=model_state,
                    optim_state_dict=optimizer_state, options=FULL_STATE)
@@ -518,8 +546,7 @@ def main() -> None:
         backend = "nccl" if args.device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # tokenising may take long
 
-    # A finished run in --out is never written over, and an unfinished one that has come to its
-    # first checkpoint only goes on.
+    # A finished run in --out is never written over. One with a checkpoint can only be resumed.
     checkpoint_file = args.out / "checkpoint.pt"
     result_file = args.out / "train.json"
     gates_file = args.out / "flexidepth.safetensors"
@@ -527,10 +554,6 @@ def main() -> None:
         raise ValueError(f"{args.out} holds a finished run; give another --out")
     if checkpoint_file.is_file() and not args.resume:
         raise ValueError(f"{args.out} holds an unfinished run; give --resume or another --out")
-    resuming = [args.resume and checkpoint_file.is_file()]
-    if WORLD > 1:
-        dist.broadcast_object_list(resuming)  # the first process decides for all
-    resuming = resuming[0]
     args.out.mkdir(parents=True, exist_ok=True)
 
     # The model: a frozen base, and routers and adapters in float32, as bfloat16 would lose small
@@ -572,39 +595,25 @@ def main() -> None:
     plan = plan_batches(rows.lengths, steps, args)
     trained_size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.model}: layers {config.routing_layers} of {config.num_hidden_layers} route, "
-        f"{trained_size:,} parameters to train, {len(rows)} rows")
+        f"{trained_size:,} parameters to train, {len(rows)} rows, held out: {valid}")
 
-    # A run takes on a checkpoint only if it trains the same thing, on the same data, in the same
-    # way. How a batch is cut may change between a stop and --resume.
-    names = ("alpha", "falling_alpha", "open_warmup", "lr", "router_lr", "beta2", "clip",
-             "batch_size", "seq_len", "answers_only", "seed", "steps")
-    fingerprint = {name: getattr(args, name) for name in names} | {"model": asdict(config)}
-    fingerprint["dtype"] = str(model.model.embed_tokens.weight.dtype)
-    data_hash = hashlib.sha256()
-    for part in (rows.ids, rows.counted, rows.lengths):
-        data_hash.update(part)
-    fingerprint["data"] = data_hash.hexdigest()
-    # The beginnings of its tensors tell one base from another.
-    fingerprint["base"] = [p.detach().flatten()[:1000].cpu().double().sum().item()
-                           for p in model.parameters() if not p.requires_grad]
-
+    fingerprint = make_fingerprint(args, model, rows)
     token_losses = distribute(model, args)
     named = list(model.named_parameters())  # FSDP has put new ones in place
     routers = [p for name, p in named if ".router." in name]
-    # An adapter's official name is router_proj.
+    # The checkpoint format calls an adapter router_proj.
     adapters = [p for name, p in named if ".router_proj." in name]
     trained = routers + adapters
     optimizer = torch.optim.AdamW(
         [{"params": routers}, {"params": adapters}], lr=args.lr, betas=(0.9, args.beta2),
         weight_decay=0.0, fused=True)
-    begin = 0
-    if resuming:
-        begin = load_checkpoint(checkpoint_file, model, optimizer, fingerprint)
-    say(f"going on after step {begin}" if resuming else "beginning with step 1")
+    begin = load_checkpoint(checkpoint_file, model, optimizer, fingerprint)
+    say(f"going on after step {begin}" if begin else "beginning with step 1")
     metrics_file = args.out / "metrics.jsonl"
-    if RANK == 0:  # a resumed run keeps the lines up to its checkpoint, one each for a step
-        lines = metrics_file.read_text().splitlines(True)[:begin] if resuming else []
-        metrics_file.write_text("".join(lines))
+    if RANK == 0:  # line n is of step n; those after the checkpoint are written again
+        lines = metrics_file.read_text().splitlines(True)[:begin] if begin else []
+        with whole_file(metrics_file) as temporary:
+            temporary.write_text("".join(lines))
 
     started = time.time()
     on_terminal = sys.stdout.isatty()
@@ -612,40 +621,38 @@ def main() -> None:
         step_started = time.time()
         # The learning rate rises over 3 % of the steps, and falls towards zero along a cosine.
         warm_up = min(1, step / (0.03 * steps))
-        share = min(warm_up, (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
-        lr = args.lr * share
+        schedule = min(warm_up, (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
+        lr = args.lr * schedule
         of_routers, of_adapters = optimizer.param_groups
         of_routers["lr"] = lr * args.router_lr
         of_adapters["lr"] = lr
-        # With --falling-alpha the price of depth does the same: while it is high, layers are given
-        # up; when it is low, the model recovers without them, or opens those that it needs again.
+        # --falling-alpha: layers are given up while alpha is high, and the model recovers while it
+        # is low.
         alpha = args.alpha
         if args.falling_alpha:
-            alpha *= share
-        # A layer that no token runs gets no gradient from L_lm that could open its gates. With
-        # --open-warmup all tokens run all layers at first, scaled by the gates, which then open.
+            alpha *= schedule
+        # --open-warmup: every token runs every layer at first. A layer that no token runs would get
+        # no gradient from L_lm, and could not open.
         route = keep_all if step <= args.open_warmup * steps else "learned"
 
         batch = sorted([rows[i] for i in plan[step - 1]], key=lambda row: len(row.ids))
         size = args.micro_batch_size
         micro_batches = [batch[i:i + size] for i in range(0, len(batch), size)][RANK::WORLD]
-        # Both losses are means over the tokens of the whole batch, so a micro-batch adds its sum
-        # over the batch's number of tokens. DDP and FSDP average the gradients of the processes
-        # where a sum is wanted: dividing the number by WORLD makes up for that.
-        real_tokens = sum(len(row.ids) - 1 for row in batch) / WORLD
-        counted_tokens = sum(np.count_nonzero(row.counted[1:]) for row in batch) / WORLD
+        # A micro-batch adds its sums, divided by the numbers of tokens in the whole batch.
+        real_tokens = sum(len(row.ids) - 1 for row in batch)
+        counted_tokens = sum(np.count_nonzero(row.counted[1:]) for row in batch)
         figures = torch.zeros(2 + len(config.routing_layers), device=args.device)
         for micro_batch in micro_batches:
-            # This setting lets DDP exchange gradients once a step, in the last backward pass. FSDP
-            # does so in each of them, with the same sum. A single process does not look at it.
+            # DDP exchanges gradients in the last backward pass alone. Elsewhere this has no effect.
             token_losses.require_backward_grad_sync = micro_batch is micro_batches[-1]
             input_ids, targets, real = collate(micro_batch, args.device)
             losses, _, gates, kept = token_losses(input_ids, targets, route)
-            lm_loss = losses.sum() / counted_tokens                               # L_lm
-            gate_loss = skip_loss(gates, real) * real.sum() / real_tokens         # L_skip
-            (lm_loss + alpha * gate_loss).backward()
+            lm_loss = losses.sum() / counted_tokens                        # its part of L_lm
+            gate_loss = skip_loss(gates, real) * real.sum() / real_tokens  # its part of L_skip
+            # DDP and FSDP average the gradients of the processes: WORLD makes that their sum.
+            (WORLD * (lm_loss + alpha * gate_loss)).backward()
             parts = torch.stack([lm_loss.detach(), gate_loss.detach()])
-            figures += torch.cat([parts, kept[real].sum(0) / real_tokens]) / WORLD
+            figures += torch.cat([parts, kept[real].sum(0) / real_tokens])
 
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
         if args.shard:
@@ -659,6 +666,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
+        # The mean depth of all tokens. The table has that of the tokens that count.
         layers = config.num_hidden_layers - len(kept_shares) + sum(kept_shares)
         speed = sum(len(row.ids) for row in batch) / (time.time() - step_started)
         note = {"step": step, "lm_loss": lm, "skip_loss": skip, "layers": layers,

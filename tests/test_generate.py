@@ -175,7 +175,7 @@ def test_logits_that_become_nan_in_one_row(model, ids):
 def test_cache_refuses_other_rows_and_more_tokens(model, ids):
     """A cache of other rows may be spread over them without a word."""
     for shape in ((1, 4), (2, 9)):
-        with pytest.raises(ValueError, match="for 2 of 8"):
+        with pytest.raises(ValueError, match="room for 2 rows with 8"):
             model(ids(*shape), cache=KVCache(model.config, 2, 8))
 
 

@@ -202,7 +202,7 @@ def test_parts_removed_train(model, ids, part):
     reproduce.remove(part, model)
     routed = model.model.layers[2:]
     routers = [copy.deepcopy(layer.router.state_dict()) for layer in routed]
-    rows = [Row(row.numpy().astype(np.int32), np.ones(9, bool)) for row in ids]
+    rows = [Row(row.numpy().astype(np.int32), np.ones(9, bool), "all") for row in ids]
     penalty = reproduce.linear_penalty if "penalty" in part else reproduce.skip_loss
     reproduce.train(model, rows, 1e-3, 2, 0, penalty)
 

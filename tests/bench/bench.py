@@ -457,7 +457,7 @@ def training(args: argparse.Namespace) -> Iterator[Line]:
         [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     T = min(128 if args.device == "cpu" else 2048, model.config.max_position_embeddings)
     ids = np.random.default_rng(0).integers(model.config.vocab_size, size=T + 1, dtype=np.int32)
-    input_ids, targets, real = collate([Row(ids, np.ones(T + 1, bool))], args.device)
+    input_ids, targets, real = collate([Row(ids, np.ones(T + 1, bool), "all")], args.device)
 
     def update(token_losses, gates):
         (token_losses.mean() + 1e-3 * skip_loss(gates, real)).backward()

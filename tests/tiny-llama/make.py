@@ -250,7 +250,7 @@ def exact_match(model: FlexiDepth, tokenizer: Tokenizer, file: Path) -> dict[str
     settings = argparse.Namespace(
         seq_len=256, answers_only=True, micro_batch_size=128, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        rows = Rows(file, Path(folder, "tokens.safetensors"), tokenizer, settings)
+        rows = Rows(file, Path(folder, "tokens.pt"), tokenizer, settings)
         table = evaluate(TokenLosses(model), rows, model.config, settings)
     return {task: round(figures["base_exact"], 3) for task, figures in table.items()}
 
