@@ -9,9 +9,13 @@ A prompt is the user's message of a chat; with --raw it is text to be continued.
 adapters are those of --flexidepth, or what train.py left in out/ for this model, or those in the
 model's own folder.
 
-Each generation makes one record, a dict; README.md has its fields. What is known before anything
-is generated is the head of the record: the settings, the seed and the prompt. `make_records` adds
-the rest. The terminal, --depth-map and --html are three views of records.
+A router gives each token a gate at each routed layer. Where the gate is above the threshold, the
+token keeps the layer, else it skips it. Plain layers have no router, and every token runs them. The
+depth of a token is the number of plain layers and of those that it kept.
+
+A request is a dict of the settings, a seed and a prompt. `make_records` answers requests: a record
+is a request with tokens, depths and times added, and README.md has its fields. The terminal,
+--depth-map and --html are three views of records.
 """
 import argparse
 import codecs
@@ -29,7 +33,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexidepth import FlexiDepth, Tokenizer, compile_decode, generate, whole_file
+from flexidepth import (
+    FlexiDepth, Tokenizer, compile_decode, generate, read_json, whole_file)
 from train import TINY, open_lines, read_messages, read_rows
 
 EXAMPLES = ["Finish: the early bird", "Repeat: 47 12 85", "Copy 2 to 3: 31 58 64 90", "38 + 47 =",
@@ -45,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", default=str(tiny), help="folder of a Llama, or a hub name in the local cache")
     add("--flexidepth", type=Path, help="folder or file of trained routers and adapters")
     add("--prompt", action="append", help="what to ask; may be given several times")
-    add("--prompt-file", type=Path, help="a prompt a line, or JSONL with prompt or messages, task")
+    add("--prompt-file", type=Path, help="a prompt a line, or JSONL of prompt or messages, task")
     add("--chat", action="store_true", help="read messages from the terminal, and remember them")
     add("--raw", action="store_true", help="continue the prompt as plain text, no chat format")
     add("--show-depth", action="store_true", help="show how many layers each token used")
@@ -56,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     add("--threshold", type=float, help="a gate is open above it (default: as trained, 0.5)")
     add("--max-new-tokens", type=int, default=200, help="at most so many tokens in an answer (200)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this sum (1)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total (1)")
     add("--seed", type=int, default=0, help="seed of the first prompt; prompt i has seed + i (0)")
     add("--batch-size", type=int, default=64, help="prompts of one length to run together (64)")
     add("--compile", action="store_true",
@@ -76,17 +81,23 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
-    """The model, and the fields that the heads of all its records share."""
-    flexidepth = args.flexidepth or args.model
-    trained = Path("out", "train.json")
-    if args.flexidepth is None and trained.is_file():
-        trained_for = json.loads(trained.read_text())["settings"]["model"]
-        if Path(trained_for).resolve() == Path(args.model).resolve():
-            flexidepth = trained.parent
+def find_flexidepth(args: argparse.Namespace) -> Path | str | None:
+    """Where the routers and adapters are, None if the base is to run without."""
     if args.route == "full":
-        flexidepth = None
+        return None
+    if args.flexidepth:
+        return args.flexidepth
+    result = Path("out", "train.json")
+    if result.is_file():
+        trained_for = read_json(result)["settings"]["model"]
+        if Path(trained_for).resolve() == Path(args.model).resolve():
+            return result.parent
+    return args.model
 
+
+def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
+    """The model, and the settings that all requests share."""
+    flexidepth = find_flexidepth(args)
     dtype = args.dtype and getattr(torch, args.dtype)
     try:
         model = FlexiDepth.from_pretrained(
@@ -116,7 +127,8 @@ def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
         "gates": args.gates,
     }
     if flexidepth:
-        digest = hashlib.sha256()  # other routers or adapters give other records
+        # By this digest a depth map that other routers or adapters made is not gone on with.
+        digest = hashlib.sha256()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 digest.update(parameter.detach().cpu().view(torch.uint8).numpy())
@@ -136,8 +148,8 @@ def describe(shared: dict) -> str:
 
 # ---- Prompts -------------------------------------------------------------------------------------
 def read_prompts(args: argparse.Namespace) -> list[dict]:
-    """The prompts of the command line and of the file, or else the examples, as in `as_prompt`.
-    ValueError names the line of an unfit one."""
+    """All prompts, as `as_prompt` makes them: those of --prompt, then those of --prompt-file; the
+    examples where there is neither. ValueError names the line of an unfit one."""
     texts = args.prompt or []
     if not texts and not args.prompt_file:
         texts = EXAMPLES
@@ -155,7 +167,8 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
 
 
 def read_prompt_file(path: Path) -> list[tuple[int, dict]]:
-    """Line numbers and rows of a file: JSONL by its name or its first line, else lines of text."""
+    """Line numbers and rows of a file: JSONL if its name or its first character says so, else a
+    prompt a line."""
     lines = [line.rstrip(b"\r\n") for line in open_lines(path)]
     if ".json" in path.name.lower() or b"".join(lines).lstrip().startswith(b"{"):
         return list(read_rows(path, lines))
@@ -200,34 +213,34 @@ def encode(tokenizer: Tokenizer, prompt: dict) -> list[int]:
     return tokenizer.encode_chat(prompt["messages"], add_generation_prompt=True)
 
 
-# ---- Batches -------------------------------------------------------------------------------------
-# A batch is a list of heads whose prompts have one length.
-def batches_of_prompts(args: argparse.Namespace, tokenizer: Tokenizer, context: int,
-                       heads: list[dict]) -> Iterator[list[dict]]:
-    """Prompts of a file are grouped by their length, so that they need no padding. Those of the
-    command line come one by one. ValueError if one is too long."""
+# ---- Requests ------------------------------------------------------------------------------------
+def make_batches(args: argparse.Namespace, tokenizer: Tokenizer, context: int,
+                 requests: list[dict]) -> Iterator[list[dict]]:
+    """Requests whose prompts have one length, so that they need no padding. Without a prompt file
+    they come one by one, in order. ValueError if a prompt is too long."""
     groups = defaultdict(list)
-    for head in heads:
-        length = len(encode(tokenizer, head))
+    for request in requests:
+        length = len(encode(tokenizer, request))
         if not 0 < length <= context:
-            number = head["seed"] - args.seed + 1
+            number = request["seed"] - args.seed + 1
             raise ValueError(f"prompt {number} has {length} tokens; expected 1 to {context}")
-        if any(name in head.get("text", "") for name in tokenizer.special):
+        if any(name in request.get("text", "") for name in tokenizer.special):
             print("sample.py: warning: a special token's name in the prompt is read as plain text; "
                   "without --raw prompts get the model's own chat format", file=sys.stderr)
-        key = length if args.prompt_file else head["seed"]
-        groups[key].append(head)
+        key = length if args.prompt_file else request["seed"]
+        groups[key].append(request)
     for group in groups.values():
         for start in range(0, len(group), args.batch_size):
             yield group[start:start + args.batch_size]
 
 
-def batches_of_chat(args: argparse.Namespace, tokenizer: Tokenizer, context: int, shared: dict,
-                    records: list[dict]) -> Iterator[list[dict]]:
-    """Each message of the terminal or a pipe, with the conversation before it. The caller adds the
-    record of its answer to `records` before it asks for the next one."""
+def chat(args: argparse.Namespace, tokenizer: Tokenizer, context: int, shared: dict,
+         answer: Callable[[list[dict]], list[dict]]) -> None:
+    """Answer each message of the terminal or a pipe, with the conversation before it."""
+    # An answer needs room: what it may take, but at most a quarter of the context.
     room = context - min(args.max_new_tokens, context // 4)
     messages = []
+    seed = args.seed
     while True:
         print("\nyou: ", end="", flush=True)
         line = sys.stdin.readline()
@@ -246,28 +259,29 @@ def batches_of_chat(args: argparse.Namespace, tokenizer: Tokenizer, context: int
             del messages[:2]
             print("(the context is full: the oldest 2 messages are dropped)")
 
-        yield [shared | {"seed": args.seed + len(records), "messages": list(messages)}]
-        answer = [i for i in records[-1]["answer"]["ids"] if i not in tokenizer.stop_ids]
-        messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+        record, = answer([shared | {"seed": seed, "messages": list(messages)}])
+        ids = [i for i in record["answer"]["ids"] if i not in tokenizer.stop_ids]
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+        seed += 1
 
 
 # ---- Records -------------------------------------------------------------------------------------
-def make_records(model: FlexiDepth, tokenizer: Tokenizer, heads: list[dict],
-                 prompts: list[list[int]], write: Callable[[int, int], None]) -> list[dict]:
+def make_records(model: FlexiDepth, tokenizer: Tokenizer, requests: list[dict],
+                 write: Callable[[int, int], None]) -> list[dict]:
     """Generate from prompts of one length, and return a record for each. `write` is called with
     the tokens of the first answer and their depths, as they come."""
-    settings = heads[0]
+    settings = requests[0]
+    prompts = [encode(tokenizer, request) for request in requests]
     T = len(prompts[0])
     seen = defaultdict(list)  # by layer: (2, B, T) of the prompts, then (2, B, 1) of each token
 
-    def record(layer: nn.Module, inputs: tuple, output: tuple) -> None:
-        """Keeps the gates and decisions that a layer returns."""
+    def keep_decisions(layer: nn.Module, inputs: tuple, output: tuple) -> None:
         _, gate, kept = output
         seen[layer.index].append(torch.stack([gate, kept]))
 
     routed = [model.model.layers[index] for index in settings["routing_layers"]]
-    hooks = [layer.register_forward_hook(record) for layer in routed]
-    generators = [torch.Generator().manual_seed(head["seed"]) for head in heads]
+    hooks = [layer.register_forward_hook(keep_decisions) for layer in routed]
+    generators = [torch.Generator().manual_seed(request["seed"]) for request in requests]
     answers = [[] for _ in prompts]
     ended = set()
     started = time.perf_counter()
@@ -286,36 +300,37 @@ def make_records(model: FlexiDepth, tokenizer: Tokenizer, heads: list[dict],
 
     for hook in hooks:
         hook.remove()
-    found = torch.empty(2, len(prompts), T + settings["max_new_tokens"], 0)  # of no layer
-    if seen:
-        layers = [torch.cat(parts, -1) for parts in seen.values()]
-        found = torch.stack(layers, -1)                                       # (2, B, positions, R)
+    # Gates and decisions of all routed layers (2, B, positions, R); R is 0 where none is routed.
+    found = torch.empty(2, len(prompts), T + settings["max_new_tokens"], 0)
+    if routed:
+        layers = [torch.cat(seen[index], -1) for index in settings["routing_layers"]]
+        found = torch.stack(layers, -1)
     records = []
-    for row, (head, prompt, answer) in enumerate(zip(heads, prompts, answers)):
+    for row, (request, prompt, answer) in enumerate(zip(requests, prompts, answers)):
+        # Position t read token t of the prompt.
         of_prompt = found[:, row, :T]
+        # Position T - 1 + i predicted token i of the answer.
         of_answer = found[:, row, T - 1:T - 1 + len(answer)]
-        # A prompt's token has the depth of the position that read it. Token i of the answer was
-        # predicted at position T - 1 + i, and has the depth of that one.
-        records.append(head | {
-            "prompt": token_fields(tokenizer, head, prompt, of_prompt),
-            "answer": token_fields(tokenizer, head, answer, of_answer),
-            "seconds": round(seconds, 4),
+        records.append(request | {
+            "prompt": token_fields(tokenizer, request, prompt, of_prompt),
+            "answer": token_fields(tokenizer, request, answer, of_answer),
+            "seconds": round(seconds, 4),  # of the whole batch
             "tokens_per_s": round(len(answer) / seconds, 2),
         })
     return records
 
 
-def token_fields(tokenizer: Tokenizer, head: dict, ids: list[int], found: Tensor) -> dict:
+def token_fields(tokenizer: Tokenizer, settings: dict, ids: list[int], found: Tensor) -> dict:
     """The lists of a prompt or an answer of N tokens. found (2, N, R): gates, and 1 where kept."""
     gates = found[0]
     kept = found[1].int()
     fields = {
         "ids": ids,
         "texts": [text_or_bytes(tokenizer.token_bytes(token)) for token in ids],
-        "layers": (plain_layers(head) + kept.sum(-1)).tolist(),
+        "layers": (plain_layers(settings) + kept.sum(-1)).tolist(),
         "decisions": ["".join(map(str, token)) for token in kept.tolist()],
     }
-    if head["gates"]:
+    if settings["gates"]:
         fields["gates"] = [[round(gate, 4) for gate in token] for token in gates.tolist()]
     return fields
 
@@ -327,38 +342,40 @@ def text_or_bytes(token: bytes) -> str | list[int]:
         return list(token)
 
 
-def plain_layers(head: dict) -> int:
+def plain_layers(settings: dict) -> int:
     """The number of layers that every token runs: the least possible depth."""
-    return head["num_hidden_layers"] - len(head["routing_layers"])
+    return settings["num_hidden_layers"] - len(settings["routing_layers"])
 
 
-def share_of_depth(depth: int, head: dict) -> float:
+def share_of_depth(depth: int, settings: dict) -> float:
     """From 0 at the least depth to 1 at the greatest."""
-    return (depth - plain_layers(head)) / max(1, len(head["routing_layers"]))
+    return (depth - plain_layers(settings)) / max(1, len(settings["routing_layers"]))
 
 
-def mean_depth(part: dict, head: dict) -> str:
+def depth_summary(part: dict, settings: dict) -> str:
     depths = part["layers"]
     mean = sum(depths) / len(depths)
-    return f"{len(depths)} tokens, {mean:.2f} of {head['num_hidden_layers']} layers on average"
+    return f"{len(depths)} tokens, {mean:.2f} of {settings['num_hidden_layers']} layers on average"
 
 
-def resume_depth_map(file: Path, heads: list[dict]) -> list[dict]:
+def resume_depth_map(file: Path, requests: list[dict]) -> list[dict]:
     """The records that the file holds already. Half a record at its end, from a run that was
     stopped, is removed. ValueError if the file is of another run, or no depth map."""
     if not file.is_file():
         return []
-    # A record of this run begins with one of the heads, and goes on with the prompt's tokens.
-    beginnings = {json.dumps(head).removesuffix("}").encode() for head in heads}
     *lines, rest = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if line.partition(b', "prompt": {')[0] not in beginnings:
+    by_seed = {str(request["seed"]): request for request in requests}
+    records = []
+    for number, record in read_rows(file, lines):
+        request = by_seed.get(str(record.get("seed")))
+        if request is None or record | request != record:
             raise ValueError(f"{file}: line {number} is of another run: its prompt, model, gates "
                              "or settings differ; give a new --depth-map")
-    if rest and not lines:
+        records.append(record)
+    if rest and not records:
         raise ValueError(f"{file}: not a depth map; give a new --depth-map")
     os.truncate(file, file.stat().st_size - len(rest))
-    return [json.loads(line) for line in lines]
+    return records
 
 
 # ---- The terminal --------------------------------------------------------------------------------
@@ -402,28 +419,28 @@ class Printer:
         depths = [self.shade(f" {depth} ", depth) for depth in range(least, layers + 1)]
         return "layers used: " + " ".join(depths)
 
-    def begin(self, head: dict) -> None:
+    def begin(self, request: dict) -> None:
         """Print what was asked."""
-        asked = head.get("text") or head["messages"][-1]["content"]
+        asked = request.get("text") or request["messages"][-1]["content"]
         print(f"\n> {printable(asked.strip())}")
         self.decoder.reset()
 
     def write(self, token: int, depth: int) -> None:
-        """Print what a token adds to the text."""
+        """Print what a token adds to the text. The end of an answer shows only with its depth."""
+        if token in self.tokenizer.stop_ids and not self.show_depth:
+            return
         text = printable(self.decoder.decode(self.tokenizer.token_bytes(token)))
         if self.show_depth and self.in_colour:
             text = self.shade(text, depth)
         elif self.show_depth:
             text = f"{text}[{depth}]"
-        elif token in self.tokenizer.stop_ids:
-            text = ""
         print(text, end="", flush=True)
 
     def end(self, record: dict) -> None:
         """Print the mean depth of an answer."""
         print()
         if self.show_depth:
-            print(f"({mean_depth(record['answer'], record)}, {record['tokens_per_s']:.0f} "
+            print(f"({depth_summary(record['answer'], record)}, {record['tokens_per_s']:.0f} "
                   "tokens/s)")
 
     def show(self, record: dict) -> None:
@@ -459,20 +476,21 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
-def draw(part: dict, head: dict) -> str:
+def draw(part: dict, settings: dict) -> str:
     """The prompt or the answer of a record: its text, each token shaded by its depth, and its map,
     a line for each layer with a cell for each token."""
-    layers = head["num_hidden_layers"]
-    routed = head["routing_layers"]
+    layers = settings["num_hidden_layers"]
+    routed = settings["routing_layers"]
     decoder = utf8_decoder()
     drawn = ["<pre>"]
     for i, (text, depth) in enumerate(zip(part["texts"], part["layers"])):
         whole = text.encode() if isinstance(text, str) else bytes(text)
-        shown = escape(decoder.decode(whole)).replace("\n", "↵\n") or "·"
+        shown = escape(decoder.decode(whole)).replace("\n", "↵\n")
+        shown = shown or "·"  # a later token completes the character
         title = f"{text!r}: {depth} of {layers} layers"
         if "gates" in part:
             title += f"\ngates {part['gates'][i]}"
-        share = share_of_depth(depth, head)
+        share = share_of_depth(depth, settings)
         drawn.append(f'<span style="--depth:{share:.2f}" title="{escape(title)}">{shown}</span>')
 
     drawn.append('</pre>\n<pre class="map">')
@@ -491,7 +509,7 @@ def write_page(file: Path, shared: dict, records: list[dict]) -> None:
     for number, record in enumerate(records, 1):
         page += f"<h2>{number}. {escape(record.get('task', ''))}</h2>\n"
         for name in ("prompt", "answer"):
-            page += f"{name}: {mean_depth(record[name], record)}\n{draw(record[name], record)}"
+            page += f"{name}: {depth_summary(record[name], record)}\n{draw(record[name], record)}"
     with whole_file(file) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -511,30 +529,32 @@ def main() -> None:
     if args.show_depth:
         print(printer.legend())
 
-    heads = [shared | {"seed": args.seed + i} | prompt for i, prompt in enumerate(prompts)]
+    requests = [shared | {"seed": args.seed + i} | prompt for i, prompt in enumerate(prompts)]
     records = []
     if args.depth_map:
-        records = resume_depth_map(args.depth_map, heads)
-    if args.chat:
-        batches = batches_of_chat(args, tokenizer, context, shared, records)
-    else:
-        done = {record["seed"] for record in records}
-        heads = [head for head in heads if head["seed"] not in done]
-        batches = batches_of_prompts(args, tokenizer, context, heads)
+        records = resume_depth_map(args.depth_map, requests)
+    done = {record["seed"] for record in records}
+    requests = [request for request in requests if request["seed"] not in done]
+
+    def answer(batch: list[dict]) -> list[dict]:
+        """Answer requests and show their records: the first as it comes, the others after it."""
+        printer.begin(batch[0])
+        made = make_records(model, tokenizer, batch, printer.write)
+        records.extend(made)
+        if args.depth_map:
+            with open(args.depth_map, "a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in made)
+        printer.end(made[0])
+        for record in made[1:]:
+            printer.show(record)
+        return made
 
     try:
-        for batch in batches:
-            # The first answer of a batch is printed as it comes, the others after it.
-            printer.begin(batch[0])
-            ids = [encode(tokenizer, head) for head in batch]
-            made = make_records(model, tokenizer, batch, ids, printer.write)
-            records += made
-            if args.depth_map:
-                with open(args.depth_map, "a") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in made)
-            printer.end(made[0])
-            for record in made[1:]:
-                printer.show(record)
+        if args.chat:
+            chat(args, tokenizer, context, shared, answer)
+        else:
+            for batch in make_batches(args, tokenizer, context, requests):
+                answer(batch)
     finally:
         if args.html and records:
             records.sort(key=lambda record: record["seed"])

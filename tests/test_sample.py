@@ -67,7 +67,7 @@ def tiny():
     return FlexiDepth.from_pretrained(TINY, flexidepth=TINY), Tokenizer.from_pretrained(TINY)
 
 
-def head(**changes):
+def request(**changes):
     """The fields of a record before its generation."""
     return {"model": "tiny", "flexidepth": "tiny", "num_hidden_layers": 12,
             "routing_layers": list(range(6, 12)), "threshold": 0.5, "route": "learned", "seed": 0,
@@ -169,21 +169,21 @@ def test_chat_that_outgrows_the_context(script, monkeypatch, capsys, tiny):
 def test_characters_come_out_whole(monkeypatch, capsys, tiny):
     """Half a character would be printed as U+FFFD, or all depths would have one shade."""
     _, tokenizer = tiny
-    printer = sample.Printer(tokenizer, head(), True)
+    printer = sample.Printer(tokenizer, request(), True)
     for token in tokenizer.encode("é"):
         printer.write(token, 7)
     assert capsys.readouterr().out == "[7]é[7]"
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    printer = sample.Printer(tokenizer, head(), True)
+    printer = sample.Printer(tokenizer, request(), True)
     assert len({printer.shade("x", depth) for depth in range(6, 13)}) == 7
     printer.write(ord("A"), 6)
     printer.write(ord("\n"), 6)
     assert capsys.readouterr().out == printer.shade("A", 6) + "\n"
     assert printer.legend().count("\033[48;5;") == 7
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\033" not in sample.Printer(tokenizer, head(), True).legend()
+    assert "\033" not in sample.Printer(tokenizer, request(), True).legend()
 
 
 def test_hostile_text_in_the_terminal(script, capsys):
@@ -342,14 +342,15 @@ def test_record_tells_what_the_model_did(tiny):
     """Decisions, gates or depths would be those of the position before or after, or of another
     layer, row or threshold. They are held against one forward pass over the whole text."""
     model, tokenizer = tiny
-    prompts = [tokenizer.encode_chat([{"role": "user", "content": f"Repeat: 11 {n}"}], True)
-               for n in (22, 47)]
-    heads = [head(temperature=1.0, top_p=0.9, threshold=0.4, seed=i) for i in range(2)]
+    chats = [[{"role": "user", "content": f"Repeat: 11 {n}"}] for n in (22, 47)]
+    prompts = [tokenizer.encode_chat(chat, True) for chat in chats]
+    requests = [request(temperature=1.0, top_p=0.9, threshold=0.4, seed=i, messages=chat)
+                for i, chat in enumerate(chats)]
     seen = []
     model.config.threshold = 0.4
     try:
         records = sample.make_records(
-            model, tokenizer, heads, prompts, lambda token, depth: seen.append((token, depth)))
+            model, tokenizer, requests, lambda token, depth: seen.append((token, depth)))
         for row, (record, ids) in enumerate(zip(records, prompts, strict=True)):
             prompt, answer = record["prompt"], record["answer"]
             with torch.no_grad():
@@ -369,7 +370,8 @@ def test_record_tells_what_the_model_did(tiny):
         model.config.threshold = 0.5
 
     full, = sample.make_records(
-        model, tokenizer, [head(route="full", routing_layers=[], gates=False)], prompts[:1], quiet)
+        model, tokenizer,
+        [request(route="full", routing_layers=[], gates=False, messages=chats[0])], quiet)
     assert set(full["prompt"]["layers"] + full["answer"]["layers"]) == {12}
     assert set(full["answer"]["decisions"]) == {""} and "gates" not in full["prompt"]
 
@@ -410,8 +412,8 @@ def test_bytes_that_are_no_text_can_be_recovered(tiny):
     model, tokenizer = tiny
     text = "né 漢字 \ufffd ok"
     record, = sample.make_records(
-        model, tokenizer, [head(max_new_tokens=1)], [tokenizer.encode(text)], quiet)
-    texts = json.loads(json.dumps(record["prompt"]["texts"]))
+        model, tokenizer, [request(max_new_tokens=1, text=text)], quiet)
+    _, *texts = json.loads(json.dumps(record["prompt"]["texts"]))  # but for the beginning of text
     assert b"".join(t.encode() if isinstance(t, str) else bytes(t) for t in texts).decode() == text
     assert [0xc3] in texts and "n" in texts and "\ufffd" not in texts
 
@@ -496,14 +498,14 @@ def test_hostile_text_in_the_page(tiny):
     """Markup of a model's name, a prompt, a token or a task would become part of the page and run,
     or its characters would turn text around."""
     model, tokenizer = tiny
-    known = head(model="tiny", task="add", max_new_tokens=2)
-    record, = sample.make_records(model, tokenizer, [known], [tokenizer.encode("7 * 58 =")], quiet)
+    known = request(model="tiny", task="add", max_new_tokens=2, text="7 * 58 =")
+    record, = sample.make_records(model, tokenizer, [known], quiet)
     sample.write_page(Path("plain.html"), known, [record])
     plain = Tags(Path("plain.html").read_text(encoding="utf-8"))
 
     bad = HOSTILE + "\u202e\0"
-    known |= {"model": bad, "flexidepth": bad, "task": bad + "\ud800"}
-    record, = sample.make_records(model, tokenizer, [known], [tokenizer.encode(HOSTILE)], quiet)
+    known |= {"model": bad, "flexidepth": bad, "task": bad + "\ud800", "text": HOSTILE}
+    record, = sample.make_records(model, tokenizer, [known], quiet)
     record["prompt"]["texts"][0] = "<b onclick=x>" + HOSTILE
     record["answer"]["texts"] = [bad] * len(record["answer"]["texts"])
     sample.write_page(Path("page.html"), known, [record])
