@@ -57,6 +57,26 @@ def test_batches_and_other_routes_still_run(models):
                 assert torch.equal(torch.stack(expected), torch.stack(got))
 
 
+def test_a_lone_token_runs_compiled_code(monkeypatch):
+    """Compiled code would be made and not run for a single token, or run for a batch."""
+    calls = []
+
+    def note_calls(function):
+        def noted(*arguments):
+            calls.append(getattr(function, "__name__", "a module"))
+            return function(*arguments)
+        return noted
+
+    monkeypatch.setattr(torch, "compile", note_calls)
+    model = FlexiDepth.from_pretrained(TINY)
+    compile_decode(model)
+    for rows, layers, heads in ((1, 2 * 12, 3), (2, 0, 0)):
+        calls.clear()
+        prompts = torch.ones(rows, 5, dtype=torch.int64)
+        assert len(list(generate(model, prompts, 3, route="full"))) == 3
+        assert calls.count("decode_layer") == layers and calls.count("head") == heads
+
+
 def test_the_option_of_sample_py(tmp_path):
     """--compile would not reach the model, or the records would miss what compiled layers do."""
     found = []
