@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import flexidepth
-from flexidepth import TRAINED, FlexiDepth, Tokenizer
+from flexidepth import TRAINED, Config, FlexiDepth, Tokenizer
 
 CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 
@@ -374,6 +374,20 @@ def test_save_pretrained(tmp_path, write_checkpoint, write_ranks, dtype, tied):
     assert tokenizer.encode(" cat") == [256] and tokenizer.stop_ids >= {3, 4, 5}
     assert tokenizer.chat_format == "llama3"
     assert not [file for file in folder.rglob("*") if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("rope", [None, {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32}])
+def test_save_pretrained_of_a_made_model(tmp_path, rope):
+    """A model that was made from a Config, and not loaded, may lose its kind of rotation."""
+    config = Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+                    num_attention_heads=4, rope_scaling=rope)
+    model = FlexiDepth(config)
+    model.save_pretrained(tmp_path / "new")
+    again = FlexiDepth.from_pretrained(tmp_path / "new")
+    assert_same_tensors(again, model)
+    assert torch.equal(again.frequencies, model.frequencies)
 
 
 def test_save_pretrained_rounds_to_the_base(tmp_path, write_checkpoint):
