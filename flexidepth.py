@@ -14,22 +14,24 @@ token x that enters such a layer, with h = input_layernorm(x) and norm the layer
 A token with g = 0.4 skips. It still gets its norms, router, key, value and adapter, whose output is
 scaled by 0.6 and added. It needs no query, attention, output projection or mlp: that is the saving.
 Its key and value are needed: later tokens that run this layer attend to all tokens before them. In
-Llama-3-8B a token that skips a layer uses 22 million weights of it instead of 218 million. (Where
-some tokens of a prompt or batch run the layer and some skip it, attention itself is computed for
-all of them, because that is faster. q_proj, o_proj and the mlp still run only for those that keep
-the layer.)
+Llama-3-8B a token that skips a layer uses 22 million weights of it, where the pre-trained layer
+uses 218 million. (Where some tokens of a prompt or batch run the layer and some skip it, one
+attention call computes all places, and what it gives for skipping tokens is never read: that is
+faster than leaving them out. q_proj, o_proj and the mlp still run only for those that run the
+layer.)
 
 The routers and adapters are trained on L = L_lm + alpha * L_skip. L_lm is the language model's
-cross-entropy, L_skip the mean over tokens of (sum over the layers of the token's gates)², and
-alpha, the price of depth, is 1e-3 in the paper. The decision g > 0.5 has no gradient. The router
-learns through the factor g or (1 - g) on the output of the mlp or adapter that ran, and through
-L_skip. The factors stay at inference, so that a layer with all gates open is *not* the pre-trained
-one. A model called with route="full", in place of the default "learned", leaves routers and
-adapters out: it is the pre-trained model.
+cross-entropy, and L_skip the mean over tokens of (sum over the layers of the token's gates)². alpha
+is the price of depth: the larger it is, the more tokens skip. The paper has 1e-3. The decision
+g > 0.5 has no gradient. The router learns through the factor g or (1 - g) on the output of the mlp
+or adapter that ran, and through L_skip. The factors stay at inference, so a layer is *not* the
+pre-trained one even where all its gates are open. A model called with route="full", in place of the
+default "learned", leaves routers and adapters out: it is the pre-trained model.
 
-Another routing rule needs no change here: pass route=function(layer_index, gate) -> kept. The
-function gets the layer's index among all layers, and the gates (B, T) of the new tokens in the
-base's dtype, but no positions. It returns a bool tensor that broadcasts to (B, T): True where the
+Another routing rule needs no change here: give the model or `generate` a route that is a function
+(layer_index, gate) -> kept, such as lambda layer_index, gate: gate > 0.7. The function gets the
+layer's index among all layers, and the gates (B, T) of the new tokens in the base's dtype, but no
+positions. It returns a bool tensor on the gates' device that broadcasts to (B, T): True where the
 token takes the full path. It replaces the comparison g > threshold and nothing else: the factors g
 and 1 - g stay.
 
@@ -43,8 +45,8 @@ In this example one folder holds both a base model and the routers and adapters 
         print(tokenizer.decode(token.tolist()), depth.item())
 
 Where the paper and the released weights differ, this file follows the weights: the router is
-tanh(norm(.)) where the paper has norm(tanh(.)). The adapter's official name is `router_proj`, and
-its `up_proj` and `down_proj` trade the names that they have in an mlp.
+tanh(norm(.)) where the paper has norm(tanh(.)). The adapter's official name is `router_proj`. In it
+`down_proj` maps D to adapter_size and `up_proj` maps back, the reverse of an mlp.
 
 Dtypes: everything runs in the dtype of the base model. In training the routers and adapters are
 float32 under autocast; from_pretrained rounds them to the base's dtype unless it is told not to.
@@ -175,7 +177,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)  # F.linear, unless compiled
+        return linear(x, self.weight)  # F.linear; in compiled code it may be a sum
 
 
 def rotary_frequencies(config: Config) -> Tensor:
@@ -270,8 +272,8 @@ class Attention(nn.Module):
         S = k.shape[2]
         q = rotate(q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), rotation)    # (B, H, T, d)
         if T == 1:
-            # The one token of each row sees all of the row's keys. The queries that share a key
-            # head are rows of one matrix product, so that the keys are read once for all of them.
+            # The one token of each row sees all of the row's keys, or those of the mask. Queries
+            # that share a key head are rows of one matrix product, which reads the keys once.
             q = q.reshape(B, K, -1, self.head_dim)                                # (B, K, H / K, d)
             return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, 1, -1)
 
@@ -345,7 +347,7 @@ class DecoderLayer(nn.Module):
     def decide(self, h: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
         """h (B, T, D) -> gate (B, T), float32; g (B, T, 1), the gate rounded to h's dtype; and kept
         (B, T), bool: whether g > threshold, or what the route function returns."""
-        # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.2 on, and
+        # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.25 on, and
         # have no gradient. The rounded gate decides and multiplies, as in the released model.
         gate = torch.sigmoid(self.router(h).float())
         rounded = gate.to(h.dtype)
@@ -377,7 +379,7 @@ class DecoderLayer(nn.Module):
             return self.full_path(x, 1.0, self.self_attn(h, k, v, rotation)), None, None
 
         gate, g, kept = self.decide(h, route)
-        N = int(kept.sum())  # the layer's only wait for the device; nothing below waits
+        N = int(kept.sum())  # on a GPU, the only place of the layer where the host waits for it
         if not torch.is_grad_enabled():
             # If all tokens go one way, as a lone token always does, nothing is gathered, and the
             # weights of the other path are not read.
@@ -388,9 +390,9 @@ class DecoderLayer(nn.Module):
 
         # Tokens are gathered by their path, and put back. The places of kept tokens come first, and
         # each group is in order. nonzero() would give the same, but would wait for the device.
-        places = kept.flatten().int().argsort(descending=True, stable=True)       # (B * T,)
-        full = places[:N]                                                         # (N,)
-        skip = places[N:]                                                         # (B * T - N,)
+        order = kept.flatten().int().argsort(descending=True, stable=True)        # (B * T,)
+        full = order[:N]                                                          # (N,)
+        skip = order[N:]                                                          # (B * T - N,)
         # With gradients both paths run, even if one of them has no token. Its gradients are then
         # zeros and not None, which DDP needs.
         tokens = x.flatten(0, 1)                                                  # (B * T, D)
@@ -415,8 +417,8 @@ class FlexiDepth(nn.Module):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # where it was loaded from
-        # The embedding is given its weights, though from_pretrained replaces them. Making its own
-        # on the meta device, it would import more of torch, which takes a second.
+        # nn.Embedding(V, D) would import more of torch on the meta device, which takes a second. So
+        # it gets these weights, which FlexiDepth.from_pretrained replaces.
         words = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding.from_pretrained(words)
@@ -528,7 +530,8 @@ def skip_loss(gates: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def layers_used(kept: Tensor, config: Config) -> Tensor:
-    """The depth of every token, plain layers + those that kept it: kept (..., R) -> (...)."""
+    """The depth of every token, the plain layers + the FlexiDepth layers whose full path it took:
+    kept (..., R) -> (...)."""
     return config.num_hidden_layers - len(config.routing_layers) + kept.sum(-1)
 
 
@@ -605,18 +608,20 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear. For a lone token in compiled code on a CPU it may be a sum instead, which the
     compiler turns into a single pass over the weights."""
     if torch.compiler.is_compiling() and x.numel() == x.shape[-1] and x.device.type == "cpu":
-        # This is faster where the token fits into the fastest cache beside the weights.
+        # Measured on two processors: the sum is never slower in float32, as long as x stays in the
+        # fastest cache while the weights pass by. In bfloat16 it is mostly slower.
         if x.dtype == torch.float32 and x.numel() <= 2048:
             return (weight * x.unsqueeze(-2)).sum(-1)
     return F.linear(x, weight)
 
 
 def compile_decode(model: FlexiDepth) -> None:
-    """Let torch.compile make the code that `generate` runs for a lone token: one function for a
-    layer, and one for the head. Compiling takes some seconds, at the first tokens. Compiled code
-    adds in another order, so that the last bits of logits and gates change. Prompts, batches and
-    routes that are functions still run the eager layers. To be called once for a model.
-    ValueError if there is no compiler: it takes a C++ compiler, and on a GPU Triton as well."""
+    """Let torch.compile make the code that `generate` runs for a lone token: one function that all
+    layers share, and one for the head. Compiling takes some seconds, mostly at the first tokens.
+    Compiled code adds in another order, so that the last bits of logits and gates change. Longer
+    prompts, batches and routes that are functions still run the eager layers. To be called once for
+    a model. ValueError if there is no compiler: it takes a C++ compiler, and on a GPU Triton as
+    well."""
     try:
         torch.compile(model.model.layers[0].mlp)(model.model.embed_tokens.weight[:1])
     except Exception as error:  # a missing compiler shows in many ways
@@ -641,11 +646,11 @@ def decode_or_run(compiled_layer: Callable, layer: DecoderLayer, eager: Callable
                   rotation: Rotation, cache: KVCache | None, route: Route
                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """DecoderLayer.forward of a compiled model: only a lone token takes the compiled code."""
-    has_room = cache is not None and cache.length < cache.keys.shape[3]
-    if not has_room or callable(route) or x.shape[:2] != (1, 1):
+    fits = cache is not None and cache.keys.shape[1] == 1 and cache.length < cache.keys.shape[3]
+    if not fits or callable(route) or x.shape[:2] != (1, 1):
         return eager(x, rotation, cache, route)
     place = torch.full((1,), cache.length, device=x.device)
-    keys = cache.keys[layer.index]                                                # (1, K, S, d)
+    keys = cache.keys[layer.index]                                       # (1, K, max_length, d)
     values = cache.values[layer.index]
     return compiled_layer(layer, x, rotation, keys, values, place, route)
 
@@ -653,9 +658,10 @@ def decode_or_run(compiled_layer: Callable, layer: DecoderLayer, eager: Callable
 def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
                  place: Tensor, route: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """DecoderLayer.forward for a lone token x (1, 1, D), in a form that compiles as a whole. A
-    decision by the host would cut the code in pieces, so it is a torch.cond here. A cache that
-    grows would need new code for each length, so attention is to the whole cache, keys and values
-    (1, K, max_length, d), under a mask, and the token's place (1,) in it is a tensor."""
+    Python `if` on the decision would cut the code in pieces, so it is a torch.cond here, which
+    compiles both paths and runs one. A cache that grows would need new code for each length, so
+    attention is to the whole cache, keys and values (1, K, max_length, d), under a mask, and the
+    token's place (1,) in it is a tensor."""
     h = layer.input_layernorm(x)
     k, v = layer.self_attn.keys_values(h, rotation)
     keys.index_copy_(2, place, k)
@@ -994,7 +1000,7 @@ def read_tokenizer_json(file: Path) -> Vocabulary:
         raise ValueError(f"{file}: not a byte-level BPE that is supported ({error!r})") from None
 
     begin = read_begin(raw.get("post_processor") or {})
-    if begin not in special:  # a file of Llama 3 may not say what its texts begin with
+    if begin not in special:  # some files of Llama 3 do not say what their texts begin with
         begin = "<|begin_of_text|>" if "<|begin_of_text|>" in special else None
     return Vocabulary(ranks, special, added, pattern, begin)
 

@@ -10,8 +10,10 @@ adapters are those of --flexidepth, or what train.py left in out/ for this model
 model's own folder.
 
 A router gives each token a gate at each routed layer. Where the gate is above the threshold, the
-token keeps the layer, else it skips it. Plain layers have no router, and every token runs them. The
-depth of a token is the number of plain layers and of those that it kept.
+token keeps the layer, else it skips it and goes through a small adapter. Plain layers have no
+router, and every token runs them. The depth of a position is the number of layers that it ran. A
+token of a prompt has the depth of the position that read it, and a token of an answer that of the
+position that predicted it, which is the one before it.
 
 A request is a dict of the settings, a seed and a prompt. `make_records` answers requests: a record
 is a request with tokens, depths and times added, and README.md has its fields. The terminal,
@@ -50,20 +52,20 @@ def parse_args() -> argparse.Namespace:
     add("--model", default=str(tiny), help="folder of a Llama, or a hub name in the local cache")
     add("--flexidepth", type=Path, help="folder or file of trained routers and adapters")
     add("--prompt", action="append", help="what to ask; may be given several times")
-    add("--prompt-file", type=Path, help="a prompt a line, or JSONL of prompt or messages, task")
+    add("--prompt-file", type=Path, help="a prompt a line, or JSONL of prompts or messages")
     add("--chat", action="store_true", help="read messages from the terminal, and remember them")
     add("--raw", action="store_true", help="continue the prompt as plain text, no chat format")
     add("--show-depth", action="store_true", help="show how many layers each token used")
-    add("--depth-map", type=Path, help="append one record a line to this JSONL file, or resume it")
+    add("--depth-map", type=Path, help="write a record a line to this JSONL file, or go on with it")
     add("--html", type=Path, help="write a page: text shaded by depth, and maps of the layers")
     add("--gates", action="store_true", help="gate scores in the records, too")
     add("--route", choices=["learned", "full"], default="learned", help="full: the base model")
-    add("--threshold", type=float, help="a gate is open above it (default: as trained, 0.5)")
+    add("--threshold", type=float, help="a gate above it keeps the layer (default: as trained)")
     add("--max-new-tokens", type=int, default=200, help="at most so many tokens in an answer (200)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total (1)")
     add("--seed", type=int, default=0, help="seed of the first prompt; prompt i has seed + i (0)")
-    add("--batch-size", type=int, default=64, help="prompts of one length to run together (64)")
+    add("--batch-size", type=int, default=64, help="prompts of a file to run together (64)")
     add("--compile", action="store_true",
         help="compile what a single token runs: some seconds once, then it may be faster")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
@@ -75,6 +77,8 @@ def parse_args() -> argparse.Namespace:
                      f"--seed {args.seed}: expected at least 1, 1 and 0")
     if args.chat and (args.raw or args.prompt or args.prompt_file):
         parser.error("--chat reads its prompts from the terminal, in chat format")
+    if args.chat and args.depth_map and args.depth_map.is_file():
+        parser.error(f"{args.depth_map}: a chat does not go on; give a new --depth-map")
     for path in (args.depth_map, args.html):
         if path and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"{path}: expected the name of a file, in a folder that is there")
@@ -127,7 +131,7 @@ def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
         "gates": args.gates,
     }
     if flexidepth:
-        # By this digest a depth map that other routers or adapters made is not gone on with.
+        # It lets resume_depth_map refuse a map that was made with other routers or adapters.
         digest = hashlib.sha256()
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -167,10 +171,10 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
 
 
 def read_prompt_file(path: Path) -> list[tuple[int, dict]]:
-    """Line numbers and rows of a file: JSONL if its name or its first character says so, else a
-    prompt a line."""
+    """Line numbers and rows of a file: JSONL if its name says so or it begins with {, else a prompt
+    a line."""
     lines = [line.rstrip(b"\r\n") for line in open_lines(path)]
-    if ".json" in path.name.lower() or b"".join(lines).lstrip().startswith(b"{"):
+    if ".json" in path.name.lower() or b"".join(lines).lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
         return list(read_rows(path, lines))
 
     rows = []
@@ -188,6 +192,8 @@ def as_prompt(row: dict, raw: bool) -> dict:
     """A prompt as a record holds it: {"messages": [...]}, or with --raw {"text": ...}, and any
     "task". ValueError if there is nothing to answer."""
     if raw:
+        if "prompt" not in row:
+            raise ValueError("--raw needs rows with a prompt")
         asked = row["prompt"]
         prompt = {"text": asked}
     else:
@@ -273,14 +279,15 @@ def make_records(model: FlexiDepth, tokenizer: Tokenizer, requests: list[dict],
     settings = requests[0]
     prompts = [encode(tokenizer, request) for request in requests]
     T = len(prompts[0])
-    seen = defaultdict(list)  # by layer: (2, B, T) of the prompts, then (2, B, 1) of each token
+    # By layer, gates and decisions: (2, B, T) of the prompts, then (2, B, 1) of each token.
+    seen = defaultdict(list)
 
-    def keep_decisions(layer: nn.Module, inputs: tuple, output: tuple) -> None:
+    def collect(layer: nn.Module, inputs: tuple, output: tuple) -> None:
         _, gate, kept = output
         seen[layer.index].append(torch.stack([gate, kept]))
 
     routed = [model.model.layers[index] for index in settings["routing_layers"]]
-    hooks = [layer.register_forward_hook(keep_decisions) for layer in routed]
+    hooks = [layer.register_forward_hook(collect) for layer in routed]
     generators = [torch.Generator().manual_seed(request["seed"]) for request in requests]
     answers = [[] for _ in prompts]
     ended = set()
@@ -315,13 +322,14 @@ def make_records(model: FlexiDepth, tokenizer: Tokenizer, requests: list[dict],
             "prompt": token_fields(tokenizer, request, prompt, of_prompt),
             "answer": token_fields(tokenizer, request, answer, of_answer),
             "seconds": round(seconds, 4),  # of the whole batch
-            "tokens_per_s": round(len(answer) / seconds, 2),
+            "tokens_per_s": round(len(answer) / seconds, 2),  # of this answer alone
         })
     return records
 
 
 def token_fields(tokenizer: Tokenizer, settings: dict, ids: list[int], found: Tensor) -> dict:
-    """The lists of a prompt or an answer of N tokens. found (2, N, R): gates, and 1 where kept."""
+    """The lists of a prompt or an answer of N tokens. found (2, N, R): gates, and 1 where kept. The
+    digits of a decision are in the order of routing_layers."""
     gates = found[0]
     kept = found[1].int()
     fields = {
@@ -359,8 +367,8 @@ def depth_summary(part: dict, settings: dict) -> str:
 
 
 def resume_depth_map(file: Path, requests: list[dict]) -> list[dict]:
-    """The records that the file holds already. Half a record at its end, from a run that was
-    stopped, is removed. ValueError if the file is of another run, or no depth map."""
+    """The records that the file holds already. Half a record after them, from a run that was
+    stopped, is removed. ValueError if the file is of another run, or has no whole record."""
     if not file.is_file():
         return []
     *lines, rest = file.read_bytes().split(b"\n")
@@ -368,7 +376,8 @@ def resume_depth_map(file: Path, requests: list[dict]) -> list[dict]:
     records = []
     for number, record in read_rows(file, lines):
         request = by_seed.get(str(record.get("seed")))
-        if request is None or record | request != record:
+        whole = {"prompt", "answer"} <= record.keys()
+        if request is None or record | request != record or not whole:
             raise ValueError(f"{file}: line {number} is of another run: its prompt, model, gates "
                              "or settings differ; give a new --depth-map")
         records.append(record)
@@ -438,7 +447,7 @@ class Printer:
 
     def end(self, record: dict) -> None:
         """Print the mean depth of an answer."""
-        print()
+        print(self.decoder.decode(b"", final=True))  # half a character, if the answer was cut there
         if self.show_depth:
             print(f"({depth_summary(record['answer'], record)}, {record['tokens_per_s']:.0f} "
                   "tokens/s)")
@@ -486,7 +495,7 @@ def draw(part: dict, settings: dict) -> str:
     for i, (text, depth) in enumerate(zip(part["texts"], part["layers"])):
         whole = text.encode() if isinstance(text, str) else bytes(text)
         shown = escape(decoder.decode(whole)).replace("\n", "↵\n")
-        shown = shown or "·"  # a later token completes the character
+        shown = shown or "·"  # the character is not complete yet
         title = f"{text!r}: {depth} of {layers} layers"
         if "gates" in part:
             title += f"\ngates {part['gates'][i]}"
@@ -499,7 +508,7 @@ def draw(part: dict, settings: dict) -> str:
         if layer in routed:
             bits = [decision[routed.index(layer)] for decision in part["decisions"]]
             cells = "".join(bits).replace("0", "░").replace("1", "█")
-        drawn.append(f"{layer:3} {cells}\n")
+        drawn.append(f"{layer:3} {escape(cells)}\n")
     return "".join([*drawn, "</pre>\n"])
 
 
@@ -523,7 +532,7 @@ def main() -> None:
     prompts = [] if args.chat else read_prompts(args)
     model, shared = load(args)
     context = model.config.max_position_embeddings
-    print(describe(shared))
+    print(printable(describe(shared)))
 
     printer = Printer(tokenizer, shared, args.show_depth)
     if args.show_depth:

@@ -5,25 +5,27 @@
     python train.py --model meta-llama/Meta-Llama-3-8B-Instruct --data tulu.jsonl
     torchrun --nproc-per-node 8 train.py --model ...      # on 8 GPUs
 
-Each line of the data is {"messages": [{"role": "user", "content": ...}, ...]} or {"text": ...}. An
-optional "task" names its row in the tables. A valid.jsonl beside the data holds the held-out rows.
-The folder --out gets
+Each line of the data is {"messages": [{"role": "user", "content": ...}, ...]} or {"text": ...}.
+Rows with the same "task", which is optional, share a line of the tables. A valid.jsonl beside the
+data holds the held-out rows. The folder --out, which all machines of a run have to share, gets
 
     flexidepth.safetensors    routers and adapters, for sample.py and FlexiDepth.from_pretrained
     train.json                the settings and the table of held-out rows
     metrics.jsonl             a line a step
     tokens*.pt                the data as tokens
-    checkpoint.pt             for --resume; it goes when the run has ended
+    checkpoint.pt             for --resume; it is deleted when the run has ended
 
-At each routed layer a router gives a token a gate in (0, 1). Above 0.5 the token runs the layer,
-and the gate scales the layer's mlp; else a small adapter runs in its place. L_lm is the
-cross-entropy of the next tokens, L_skip the mean over tokens of (sum of the token's gates)², and
-alpha the price of depth. flexidepth.py has the equations.
+At each routed layer a router gives a token a gate g in (0, 1). Above 0.5 the token runs the layer,
+whose mlp's output is multiplied by g. Else a small adapter runs in place of attention and mlp, and
+its output is multiplied by 1 - g. Through these factors L_lm reaches the router. L_lm is the
+cross-entropy of the next tokens, L_skip the mean over tokens of (sum of the token's gates over the
+routed layers)², and alpha the price of depth. flexidepth.py has the equations.
 
-One step: the rows of a batch are sorted by length and cut into micro-batches, which the processes
-share. Each micro-batch adds its part to the gradients of L_lm + alpha * L_skip. Both losses are
-means over the tokens of the whole batch, so that the gradients are the same however it was cut (up
-to rounding). Then AdamW moves the routers and adapters. The base does not change.
+One step: the rows of a batch are sorted by length and cut into micro-batches, which are dealt out
+to the processes. Each micro-batch adds its part to the gradients of L_lm + alpha * L_skip. L_lm is
+a mean over the tokens of the whole batch that count, which may be those of the answers alone, and
+L_skip over all its tokens that have a next one. So the gradients are the same however the batch was
+cut (up to rounding). Then AdamW moves the routers and adapters. The base does not change.
 """
 import argparse
 import gzip
@@ -65,7 +67,8 @@ RECIPES = {
     "paper": dict(plain_end=0, alpha=1e-3, falling_alpha=False, open_warmup=0.0, lr=1e-4,
                   router_lr=1.0, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
                   answers_only=False),
-    # For a real model of a few hundred million parameters, such as SmolLM2, on a laptop.
+    # For a real model of a few hundred million parameters, such as SmolLM2-135M, on a laptop: short
+    # rows, small batches, a third of an epoch. tests/paper/README.md says what the rest gained.
     "smol": dict(plain_end=1, alpha=2e-3, falling_alpha=True, open_warmup=0.1, lr=2e-3,
                  router_lr=0.1, epochs=0.34, batch_size=8, micro_batch_size=2, seq_len=256,
                  answers_only=True),
@@ -74,7 +77,8 @@ RECIPES = {
                  router_lr=1.0, epochs=7.35, batch_size=32, micro_batch_size=32, seq_len=256,
                  answers_only=True),
 }
-RECIPE_HELP = f"defaults of the options below: {', '.join(RECIPES)} (default: by the model's size)"
+RECIPE_HELP = ("defaults of the options below (default: tiny for tests/tiny-llama, smol up to a "
+               "hidden size of 1024, else paper)")
 
 # torchrun tells each process its place. A WORLD_SIZE without LOCAL_RANK is none of torchrun's.
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
@@ -99,7 +103,7 @@ def parse_args() -> argparse.Namespace:
     add("--valid", type=Path, help="held-out rows (default: valid.jsonl beside the training rows)")
     add("--out", type=Path, default=Path("out"), help="folder for the result (default: out)")
     add("--flexidepth", type=Path, help="start from these routers and adapters, not random ones")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
     add("--seed", type=int, default=0, help="of new routers and of the order of rows (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--dtype", choices=["float32", "bfloat16"],
@@ -113,8 +117,8 @@ def parse_args() -> argparse.Namespace:
     add("--clip", type=float, default=0.0, help="largest norm of the gradients (0: no clipping)")
     add("--recipe", choices=RECIPES, help=RECIPE_HELP)
     add("--plain-end", type=int,
-        help="so many of the last layers stay plain; the half that is routed moves down by as many "
-             "(for new routers)")
+        help="half of the layers are routed, by default the last half; this moves them down by so "
+             "many, and as many last layers stay plain (for new routers)")
     add("--alpha", type=float, help="price of depth, the weight of L_skip")
     add("--falling-alpha", action=argparse.BooleanOptionalAction,
         help="let alpha rise and fall with the learning rate")
@@ -127,7 +131,8 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=int, help="rows a step, of all processes together")
     add("--micro-batch-size", type=int, help="rows on a device at a time")
     add("--seq-len", type=int, help="longer rows, in tokens, are left out")
-    add("--answers-only", action=argparse.BooleanOptionalAction, help="L_lm on answers alone")
+    add("--answers-only", action=argparse.BooleanOptionalAction,
+        help="L_lm on the answers of conversations alone")
     args = parser.parse_args()
 
     recipe = args.recipe or default_recipe(args.model)
@@ -239,7 +244,7 @@ def tokenize(row: dict, tokenizer: Tokenizer, answers_only: bool) -> Row:
     ids = list(tokenizer.begin_chat)
     counted = [not answers_only] * len(ids)
     for message in messages:
-        new_ids, said = tokenizer.encode_message(message)
+        new_ids, said = tokenizer.encode_message(message)  # said: not the header
         ids += new_ids
         if answers_only:
             counted += said if message["role"] == "assistant" else [False] * len(said)
@@ -319,8 +324,9 @@ def plan_batches(lengths: np.ndarray, steps: int, args: argparse.Namespace) -> T
     its own. Rows that do not fill its last batch are left for other epochs.
 
     Rows of like length need little padding where they share a micro-batch. A batch of 64 rows or
-    more is therefore made of groups of GROUP rows of like length, in random order. Smaller batches
-    would have too little variety then: their groups are single rows."""
+    more, if a multiple of GROUP, is therefore made of groups of GROUP rows of like length, in
+    random order. In other batches the groups are single rows, which is a plain shuffle: small ones
+    would have too little variety otherwise."""
     generator = torch.Generator().manual_seed(args.seed)
     lengths = torch.from_numpy(lengths)
     size = args.batch_size
@@ -413,7 +419,7 @@ def evaluate(token_losses: nn.Module, rows: Rows, config: Config, args: argparse
 
     base_loss, loss      cross-entropy of the base and of FlexiDepth
     same                 share of tokens for which both find the same token likeliest
-    layers               mean depth
+    layers               mean depth: the number of layers that a token runs, plain ones too
     base_exact, exact    share of rows in which every token that counts is the likeliest one. Where
                          that is one answer a row, greedy decoding would give just this answer
 
@@ -631,8 +637,8 @@ def main() -> None:
         alpha = args.alpha
         if args.falling_alpha:
             alpha *= schedule
-        # --open-warmup: every token runs every layer at first. A layer that no token runs would get
-        # no gradient from L_lm, and could not open.
+        # --open-warmup: every token runs every layer at first, so that the gates learn how much the
+        # layers are worth before they decide. Gates that begin shut may never open.
         route = keep_all if step <= args.open_warmup * steps else "learned"
 
         batch = sorted([rows[i] for i in plan[step - 1]], key=lambda row: len(row.ids))
@@ -662,7 +668,7 @@ def main() -> None:
         lm, skip, *kept_shares = figures.tolist()
         if not math.isfinite(lm + skip + norm.item()):
             raise ValueError(f"step {step}: losses {lm} and {skip}, gradient norm {norm.item()}; "
-                             "a lower --lr or --clip 1 may help")
+                             "a lower --lr or --clip 1 may help, in a new --out")
         optimizer.step()
         optimizer.zero_grad()
 
