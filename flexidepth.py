@@ -608,8 +608,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear. For a lone token in compiled code on a CPU it may be a sum instead, which the
     compiler turns into a single pass over the weights."""
     if torch.compiler.is_compiling() and x.numel() == x.shape[-1] and x.device.type == "cpu":
-        # Measured on two processors: the sum is never slower in float32, as long as x stays in the
-        # fastest cache while the weights pass by. In bfloat16 it is mostly slower.
+        # As long as x stays in the fastest cache while the weights pass by, the sum read float32
+        # weights up to twice as fast. In bfloat16 it was mostly slower (tests/bench/README.md).
         if x.dtype == torch.float32 and x.numel() <= 2048:
             return (weight * x.unsqueeze(-2)).sum(-1)
     return F.linear(x, weight)
