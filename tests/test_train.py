@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from flexidepth import FlexiDepth, Tokenizer, generate
@@ -110,6 +110,8 @@ def test_a_run_writes_its_result(train_in, script, tmp_path, capsys):
     for words in ("step 3/3", "skip loss", "layers used", "tokens/s", "s left", "phrase", "mean"):
         assert words in said
     assert said.count("task  ") == 2
+    mean = next(line for line in said.splitlines() if line.startswith("task mean"))
+    assert mean.split()[5] == "100.0%"  # exact match of the base
 
     out = tmp_path / "out"
     result = json.loads((out / "train.json").read_text())
@@ -124,6 +126,7 @@ def test_a_run_writes_its_result(train_in, script, tmp_path, capsys):
     lines = notes(out)
     assert [line["step"] for line in lines] == [1, 2, 3] and set(lines[1]["valid"]) == {"phrase"}
     assert all(line["layers"] == pytest.approx(6 + sum(line["kept"])) for line in lines)
+    assert all(1 < line["tokens_per_s"] < 1e8 for line in lines)
 
     before = os.getcwd()
     os.chdir(tmp_path)
@@ -279,6 +282,16 @@ def test_another_run_is_not_gone_on_with(killed, train_in, no_step, arguments, w
     ended = train_in(killed, *STEPS, *arguments)
     assert ended.startswith("train.py: ") and words in ended
     assert everything_in(killed / "out") == before
+
+
+def test_another_base_is_not_gone_on_with(killed, train_in, no_step, tmp_path):
+    """A run would go on with a base of the same shape that other training has changed."""
+    other = shutil.copytree(TINY, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors")
+    ended = train_in(killed, *STEPS, "--resume", "--recipe", "tiny", "--model", other)
+    assert "is of another run: its base was" in ended
 
 
 def test_a_finished_run_is_left_alone(killed_and_whole, train_in, no_step):
