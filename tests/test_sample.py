@@ -132,13 +132,24 @@ def test_answers_come_in_the_order_of_prompts(script, capsys):
     assert answers == {"> 7 * 11 =": "77", "> Repeat: 11 22 33": "11 22 33", "> 2 * 34 =": "68"}
 
 
+def test_special_tokens_of_a_raw_prompt(script, capsys):
+    """A pasted chat would be spelled out letter by letter without a word, or every prompt warned
+    of."""
+    assert script("--raw", "--max-new-tokens", 1, "--prompt", "2 * 34 =") is None
+    assert "warning" not in capsys.readouterr().err
+    assert script("--raw", "--max-new-tokens", 1, "--prompt", "2 * 34 =<|eot_id|>") is None
+    assert capsys.readouterr().err.count("warning: a special token's name") == 1
+
+
 def test_chat(script, monkeypatch, capsys):
-    """A conversation would forget what was said, or lose a line that has no end."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("2 * 34 =\n\n  \nAgain"))
-    assert script("--chat", "--depth-map", "map.jsonl") is None
+    """A conversation would forget what was said though the context has room for it, or lose a line
+    that has no end."""
+    again = "Again " + "1 2 3 " * 12
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"2 * 34 =\n\n  \n{again}"))
+    assert script("--chat", "--depth-map", "map.jsonl", "--max-new-tokens", 256) is None
     assert "> 2 * 34 =\n68\n" in capsys.readouterr().out
     said = [message["content"] for message in read("map.jsonl")[1]["messages"]]
-    assert said == ["2 * 34 =", "68", "Again"]
+    assert said == ["2 * 34 =", "68", again]
 
 
 def test_chat_that_outgrows_the_context(script, monkeypatch, capsys, tiny):
@@ -546,6 +557,17 @@ def test_page_shows_what_the_records_say(rows, script):
     full = Tags(Path("full.html").read_text(encoding="utf-8")).text
     assert "all layers for every token" in full and "None" not in full
     assert full.count("▒") % 12 == 1 and full.count("█") == full.count("░") == 1
+
+
+def test_page_has_the_order_of_prompts(script):
+    """Prompts of one length run together, and would stand together in the page."""
+    prompts = {"first": "7 * 11 =", "second": "Repeat: 11 22 33", "third": "2 * 34 ="}
+    Path("rows.jsonl").write_text("".join(
+        json.dumps({"prompt": prompt, "task": task}) + "\n" for task, prompt in prompts.items()))
+    assert script("--prompt-file", "rows.jsonl", "--html", "page.html") is None
+    content = Path("page.html").read_text(encoding="utf-8")
+    headings = [part.split("</h2>")[0] for part in content.split("<h2>")[1:]]
+    assert headings == ["1. first", "2. second", "3. third"]
 
 
 def test_a_late_interruption_costs_no_page(rows, call, monkeypatch):
