@@ -609,7 +609,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     compiler turns into a single pass over the weights."""
     if torch.compiler.is_compiling() and x.numel() == x.shape[-1] and x.device.type == "cpu":
         # As long as x stays in the fastest cache while the weights pass by, the sum read float32
-        # weights up to twice as fast. In bfloat16 it was mostly slower (tests/bench/README.md).
+        # weights up to 1.9 times as fast. In bfloat16 it was often slower (tests/bench/README.md).
         if x.dtype == torch.float32 and x.numel() <= 2048:
             return (weight * x.unsqueeze(-2)).sum(-1)
     return F.linear(x, weight)

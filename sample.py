@@ -35,8 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexidepth import (
-    FlexiDepth, Tokenizer, compile_decode, generate, read_json, whole_file)
+from flexidepth import FlexiDepth, Tokenizer, compile_decode, generate, read_json, whole_file
 from train import TINY, open_lines, read_messages, read_rows
 
 EXAMPLES = ["Finish: the early bird", "Repeat: 47 12 85", "Copy 2 to 3: 31 58 64 90", "38 + 47 =",
@@ -372,6 +371,7 @@ def resume_depth_map(file: Path, requests: list[dict]) -> list[dict]:
     if not file.is_file():
         return []
     *lines, rest = file.read_bytes().split(b"\n")
+    # By text, because a line of another program may have any kind of "seed".
     by_seed = {str(request["seed"]): request for request in requests}
     records = []
     for number, record in read_rows(file, lines):

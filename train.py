@@ -77,8 +77,6 @@ RECIPES = {
                  router_lr=1.0, epochs=7.35, batch_size=32, micro_batch_size=32, seq_len=256,
                  answers_only=True),
 }
-RECIPE_HELP = ("defaults of the options below (default: tiny for tests/tiny-llama, smol up to a "
-               "hidden size of 1024, else paper)")
 
 # torchrun tells each process its place. A WORLD_SIZE without LOCAL_RANK is none of torchrun's.
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
@@ -115,7 +113,9 @@ def parse_args() -> argparse.Namespace:
         help="less memory, more time: compute routed layers again for their gradients")
     add("--beta2", type=float, default=0.999, help="decay of AdamW's second moments (0.999)")
     add("--clip", type=float, default=0.0, help="largest norm of the gradients (0: no clipping)")
-    add("--recipe", choices=RECIPES, help=RECIPE_HELP)
+    add("--recipe", choices=RECIPES,
+        help="defaults of the options below (default: tiny for tests/tiny-llama, smol up to a "
+             "hidden size of 1024, else paper)")
     add("--plain-end", type=int,
         help="half of the layers are routed, by default the last half; this moves them down by so "
              "many, and as many last layers stay plain (for new routers)")
@@ -423,7 +423,7 @@ def evaluate(token_losses: nn.Module, rows: Rows, config: Config, args: argparse
     base_exact, exact    share of rows in which every token that counts is the likeliest one. Where
                          that is one answer a row, greedy decoding would give just this answer
 
-    Of several processes each evaluates all rows, because FSDP needs them to run in step."""
+    Of several processes each evaluates all rows: FSDP needs them to run in step."""
     order = np.argsort(rows.lengths, kind="stable")
     totals = defaultdict(Counter)
     for start in range(0, len(order), args.micro_batch_size):
@@ -490,10 +490,10 @@ def make_fingerprint(args: argparse.Namespace, model: FlexiDepth, rows: Rows) ->
     return fingerprint
 
 
-def digest(arrays: Iterable[np.ndarray]) -> str:
+def digest(parts: Iterable[np.ndarray]) -> str:
     total = hashlib.sha256()
-    for array in arrays:
-        total.update(array)
+    for part in parts:
+        total.update(part)
     return total.hexdigest()
 
 
