@@ -12,8 +12,8 @@ layer's post_attention_layernorm. Then:
               x = x + g * mlp(norm(x))
     else:     x = x + (1 - g) * adapter(norm(x))                the skipping path
 
-A token with g = 0.4 takes the skipping path. The adapter's output is scaled by 0.6 and added to the
-token. Its query, attention, output projection and mlp are not computed: that is the saving. Its key
+A token with g = 0.4 takes the skipping path: the adapter's output is scaled by 0.6 and added to it.
+Its query, attention, output projection and mlp are not computed, and that is the saving. Its key
 and value are computed all the same, because later tokens on the full path attend to all tokens
 before them. In Llama-3-8B the skipping path of a layer reads 22 million weights, where the
 pre-trained layer reads 218 million.
@@ -30,12 +30,9 @@ from L_skip directly. The factors stay when the model is used, so a layer is not
 even if all its gates are above 0.5. With route="full" (the default is "learned") routers and
 adapters are bypassed, which gives exactly the pre-trained model.
 
-    model = FlexiDepth.from_pretrained("tests/tiny-llama", flexidepth="tests/tiny-llama")
-    tokenizer = Tokenizer.from_pretrained("tests/tiny-llama")
-    chat = [{"role": "user", "content": "38 + 47 ="}]
-    ids = torch.tensor([tokenizer.encode_chat(chat, add_generation_prompt=True)])
-    for step in generate(model, ids, max_new_tokens=20, stop_ids=tokenizer.stop_ids):
-        print(tokenizer.decode(step.token.tolist()), step.depth.item())
+The factor alone does not tell a router what its decision changed. In training mode, which is ours
+and not the paper's, both paths are computed, and g also gets the gradient that it would have in
+g * full + (1 - g) * skip, where full and skip are what the two paths give. Values stay the same.
 
 Dtypes: the model runs in the dtype of its base. Gates are computed in float32 and rounded to that
 dtype before they are compared or multiplied, so training and inference decide alike. In training,
@@ -77,14 +74,14 @@ class Config:
     num_key_value_heads: int | None = None   # None: as many as attention heads
     head_dim: int | None = None              # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
-    rms_norm_eps: float | int = 1e-6
+    rms_norm_eps: float = 1e-6
     rope_theta: float | int = 10000.0
     rope_scaling: dict | None = None         # None, or the numbers of rope_type "llama3"
     tie_word_embeddings: bool = False
     routing_layers: list | None = None       # layer indices; None: the latter half
     router_size: int | None = None           # None: hidden_size / 16
     adapter_size: int | None = None          # None: intermediate_size / 16
-    threshold: float | int = 0.5             # a token whose gate is greater takes the full path
+    threshold: float = 0.5                   # a token whose gate is greater takes the full path
 
     def __post_init__(self):
         for field in fields(self):
@@ -113,8 +110,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # The same steps and casts as in the released model. F.rms_norm may differ in the last bit,
-        # which can flip the decision of a gate that is close to the threshold.
+        # The steps of the released model. F.rms_norm may differ in the last bit, which can flip the
+        # decision of a gate that is close to the threshold.
         mean_square = x.float().pow(2).mean(-1, keepdim=True)
         normed = x.float() * torch.rsqrt(mean_square + self.eps)
         # A router's weight is float32 in training. It is rounded here as it will be in use.
@@ -139,22 +136,19 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines of the new positions, (T, 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary embedding of x (..., T, d)."""
-    # Dimensions i and i + d/2 turn together, not 2i and 2i + 1 as in the papers on rotary
-    # embeddings: the rows of the published weights are in an order that is made for this.
+    # Dimensions i and i + d/2 turn together: the published weights are permuted for that.
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)                                                     # (..., T, d/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class KVCache:
-    """Keys and values of all layers and tokens, for inference: (layers, B, K, max_length, d) each.
-    Its device and dtype have to be the model's."""
+    """Keys and values of all layers and tokens, (layers, B, K, max_length, d) each."""
     def __init__(self, config: Config, batch_size: int, max_length: int,
                  device="cpu", dtype: torch.dtype | None = None):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length,
                  config.head_dim)
-        # Zeros, because compiled decoding reads unused places too. It gives them a weight of 0, but
-        # 0 times a NaN would be NaN.
+        # Zeros: compiled decoding reads unused places, with a weight of 0, and 0 times NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.length = 0  # tokens held; the model adds T when all layers have stored theirs
@@ -200,9 +194,8 @@ class Attention(nn.Module):
         if places is None:
             q = self.q_proj(h)
         else:
-            # If only some tokens skip, attention is still computed at every position, because that
-            # is faster. Outputs at the other positions are discarded. Their queries are zeros:
-            # uninitialised memory could hold NaNs, which would spoil the gradients of k and v.
+            # Attention is computed at every place, because that is faster, and the results at other
+            # places are discarded. Zeros, as NaNs there would spoil the gradients of k and v.
             queries = self.q_proj(h.flatten(0, 1)[places])                        # (N, H * d)
             q = queries.new_zeros(B * T, queries.shape[-1])
             q = q.index_copy(0, places, queries).unflatten(0, (B, T))
@@ -210,13 +203,12 @@ class Attention(nn.Module):
 
         mask = None
         if T == 1:
-            # One token sees all keys. Query heads that share a key head become rows of one matrix
-            # product, which reads the keys once.
+            # One token sees all keys. Heads that share a key become rows of one matrix product.
             q = q.reshape(B, K, -1, d)                                            # (B, K, H / K, d)
         elif T < S:  # token t of the T sees keys 0..S-T+t
             mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=1 < T == S, enable_gqa=True)
+        causal = 1 < T == S
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         out = out.reshape(B, -1, T, d).transpose(1, 2).flatten(2)                 # (B, T, H * d)
         if places is not None:
             out = out.flatten(0, 1)[places]                                       # (N, H * d)
@@ -266,16 +258,12 @@ class Adapter(nn.Module):
         return self.up_proj(F.silu(self.gate_proj(x)) * self.down_proj(x))
 
 
-# How tokens are routed. "learned": a token takes the full path if its gate is above the threshold.
-# "full": every token runs the pre-trained layer. Another rule needs no change here: a function
-# (layer_index, gate) -> kept, such as lambda layer_index, gate: gate > 0.7, replaces the comparison
-# and nothing else. It gets the layer's index among all layers and the gates (B, T) of the new
-# tokens. It returns a bool tensor that broadcasts to (B, T), True for the full path.
+# "learned": a token takes the full path if its gate is above the threshold. "full": all tokens run
+# the pre-trained layer. Another rule is a function (layer_index, gate) -> kept that replaces the
+# comparison, such as lambda layer_index, gate: gate > 0.7. It gets the layer's index among all and
+# the gates (B, T), and returns a bool tensor that broadcasts to (B, T), True for the full path.
 Route = str | Callable[[int, Tensor], Tensor]
-
-
-# Hidden states (B, T, D), and the gates (B, T), float32, and kept (B, T), bool, of the tokens, or
-# None and None if there was no decision to make.
+# Hidden states (B, T, D), gates (B, T), float32, and kept (B, T), bool; the last two may be None.
 Routed = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -330,13 +318,12 @@ class DecoderLayer(nn.Module):
         if self.training:
             full = self.full_path(x, g, self.self_attn(h, k, v, rotation))
             skip = self.skip_path(x, g)
-            # The second term is 0, but gives the gate the difference of the paths as a gradient.
+            # The second term is 0. Its gradient tells the gate how the two paths differ.
             x = torch.where(kept[..., None], full, skip) + (g - g.detach()) * (full - skip).detach()
             return x, gate, kept
 
         N = int(kept.sum())  # tokens on the full path; the layer's only wait for a GPU
-        # If all tokens take one path, as a lone token always does, the weights of the other path
-        # are not read.
+        # If all tokens take one path, as a lone token does, the weights of the other are not read.
         if N == 0:
             return self.skip_path(x, g), gate, kept
         if N == kept.numel():
@@ -398,11 +385,10 @@ class FlexiDepth(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, route: Route = "learned",
                 last_only: bool = False) -> Output:
-        """Logits, gates and decisions for input_ids (B, T), int64. Padding must be at the end.
+        """Logits, gates and decisions for input_ids (B, T), int64, padded (if at all) at the end.
 
-        cache: holds the rows' earlier tokens (no padding) and takes these. route: "learned", "full"
-        or a function, as `Route` says. last_only: no logits but those of the last position,
-        (B, 1, V). Raises ValueError if the context or the cache has no room for the tokens."""
+        cache: holds the rows' earlier tokens, without padding, and takes these. last_only: logits
+        of the last position alone, (B, 1, V). Raises ValueError if there is no room."""
         start = cache.length if cache else 0
         end = start + input_ids.shape[1]
         room = cache.keys.shape[3] if cache else self.config.max_position_embeddings
@@ -432,30 +418,26 @@ class FlexiDepth(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, flexidepth: str | Path | None = None,
                         routing_layers: Iterable[int] | None = None, device: str = "cpu",
-                        dtype: torch.dtype | None = None,
-                        trained_dtype: torch.dtype | None = None) -> "FlexiDepth":
+                        dtype: torch.dtype | None = None) -> "FlexiDepth":
         """Load a Llama or FlexiDepth checkpoint: a folder, or a hub name in the local cache.
 
-        The routers and adapters are
-        - those of the folder or file `flexidepth`, if it is given;
-        - else those among the model's own weights;
-        - else new random ones (torch's global generator) in routing_layers, which default to those
-          of config.json, or to the latter half.
-
-        dtype: defaults to that of the checkpoint's largest tensor. trained_dtype, of routers and
-        adapters: defaults to dtype; with another one the model has to run under autocast. Raises
-        FileNotFoundError or ValueError, with the file's name, if a file is missing, broken or does
-        not fit."""
-        folder = find_path(path)
-        tensors = read_tensors(folder, device)
-        trained = trained_part(tensors)
+        Routers and adapters are those of the folder or file `flexidepth`, if it is given; else
+        those among the model's own weights; else new ones, by torch's global generator, in
+        routing_layers, which default to those of config.json or to the latter half. dtype: defaults
+        to that of the checkpoint's largest tensor. Raises FileNotFoundError or ValueError if a file
+        is missing, broken or does not fit."""
+        torch.empty(0, device=device)  # raises torch's own error if there is no such device
+        trained = {}
         if flexidepth is not None:
             source = find_path(flexidepth)
             if (source / "flexidepth.safetensors").is_file():
                 source = source / "flexidepth.safetensors"
             trained = trained_part(read_tensors(source, device))
             if not trained:
-                raise ValueError(f"{flexidepth}: no routers and adapters; train.py makes them")
+                raise ValueError(f"{source}: no routers and adapters; train.py makes them")
+        folder = find_path(path)
+        tensors = read_tensors(folder, device)
+        trained = trained or trained_part(tensors)
 
         # The tensors themselves say which layers have a router, and how wide its parts are.
         layers = {int(name.split(".")[2]) for name in trained}  # model.layers.N. ...
@@ -473,27 +455,24 @@ class FlexiDepth(nn.Module):
         if not trained:
             for index in config.routing_layers:
                 layer = model.model.layers[index]
-                layer.router = Router(config).to(device)
-                layer.router_proj = Adapter(config).to(device)
+                layer.router = Router(config)
+                layer.router_proj = Adapter(config)
             trained = trained_part(model.state_dict())
 
         tensors |= trained
         dtype = dtype or max(tensors.values(), key=torch.numel).dtype
         for name in tensors:
-            wanted = trained_dtype if name in trained else None
-            tensors[name] = tensors[name].to(wanted or dtype)
+            tensors[name] = tensors[name].to(device, dtype)
         if config.tie_word_embeddings:
             tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
         try:
             model.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:  # it names all tensors, which may be hundreds of lines
-            message = " ".join(str(error).split())
-            raise ValueError(f"{path}: {message}"[:300]) from None
+            raise ValueError(f"{path}: {error}"[:300]) from None
         return model
 
     def save_flexidepth(self, folder: str | Path) -> Path:
-        """Write routers and adapters to flexidepth.safetensors in a folder, in their dtype. Returns
-        the file. Raises OSError if it can't be written; an older file then stays."""
+        """Write routers and adapters to flexidepth.safetensors in a folder. Returns the file."""
         file = Path(folder).expanduser() / "flexidepth.safetensors"
         with whole_file(file) as temporary:
             save_file(trained_part(self.state_dict()), temporary)
@@ -504,9 +483,10 @@ class FlexiDepth(nn.Module):
         tokenizer's files of the folder it came from. Raises OSError if it is that same folder."""
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in TEXT_FILES:
-            if self.folder and (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+        if self.folder:
+            for file in (*self.folder.glob("*token*.*"), *self.folder.glob("*_template.*"),
+                         *self.folder.glob("generation_config.json")):
+                shutil.copy(file, folder)
 
         dtype = self.model.embed_tokens.weight.dtype
         tensors = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
@@ -522,12 +502,11 @@ class FlexiDepth(nn.Module):
 
 # ---- Generation ----------------------------------------------------------------------------------
 class Step(NamedTuple):
-    """A new token of each row, and how the model found it. The T positions just read are at first
-    those of the prompt, and then the one of the token before."""
+    """A new token of each row, and how the model found it."""
     token: Tensor         # (B,), int64
     depth: Tensor         # (B,), int64, layers used at the position that predicted the token
-    gates: Tensor | None  # (B, T, R), as in Output, of the positions just read
-    kept: Tensor | None   # (B, T, R), as in Output, of the same
+    gates: Tensor | None  # (B, T, R), of the positions just read: the prompt, then one at a time
+    kept: Tensor | None   # (B, T, R), of the same; both None with route="full"
 
 
 def sample(logits: Tensor, temperature: float, top_p: float,
@@ -537,7 +516,7 @@ def sample(logits: Tensor, temperature: float, top_p: float,
     if temperature == 0:
         return logits.argmax(-1)
     # On the CPU, so that a seed gives the same text on every device. In float64 and with their
-    # maximum at 0, because a tiny temperature would divide float32 logits to infinity.
+    # maximum at 0, as a tiny temperature would divide float32 logits to infinity.
     scores = logits.cpu().double()
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature
     probs, ids = scores.softmax(-1).sort(descending=True)
@@ -551,13 +530,11 @@ def sample(logits: Tensor, temperature: float, top_p: float,
 def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, generator: torch.Generator | None = None,
              stop_ids: Iterable[int] = (), route: Route = "learned") -> Iterator[Step]:
-    """Yield a Step for each new token after prompts (B, T), int64, of one length. Prompts and
-    answers are both routed.
+    """Yield a Step for each new token after prompts (B, T), int64, of one length.
 
     Stops when every row has produced a token of stop_ids, after max_new_tokens, or at the end of
-    the context. Ignore what a row yields after its own stop token. generator: as for `sample`.
-    Raises ValueError, at the first token, if an argument is wrong, and later if the logits are no
-    longer finite."""
+    the context. Ignore what a row yields after its own stop token. Raises ValueError if an argument
+    is wrong, or the logits are no longer finite."""
     B, T = input_ids.shape
     if T == 0:
         raise ValueError("an empty prompt; expected at least one token")
@@ -587,8 +564,8 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
 
 
 # ---- Loading and saving --------------------------------------------------------------------------
-# Settings of config.json that would change the result, and the values that this file implements. A
-# setting with no value here has to be absent or null. The released checkpoint calls itself ddllama.
+# Settings of config.json that would change the result, and what this file implements. Those with no
+# value here have to be absent or null. The released checkpoint calls itself ddllama.
 SUPPORTED = {
     "model_type": ("llama", "ddllama"),
     "hidden_act": ("silu",),
@@ -599,9 +576,6 @@ SUPPORTED = {
     "sliding_window": (),
     "quantization_config": (),
 }
-# The files of a folder that say how to read and write text.
-TEXT_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
-              "special_tokens_map.json", "generation_config.json")
 
 
 def read_json(path: Path) -> dict:
@@ -613,11 +587,11 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(path: Path, **overrides) -> Config:
-    """Read a config.json. Overrides that are not None take precedence. Raises ValueError for a
-    missing key or an unsupported value."""
+    """Overrides that are not None take precedence over the file. Raises ValueError for a missing
+    key or an unsupported value."""
     raw = read_json(path)
     try:
-        # Rotary settings are in a dict of their own, by the one name (transformers 5) or the other.
+        # Rotary settings may be in a dict of their own, of either name.
         raw |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         for name, known in SUPPORTED.items():
             if raw.get(name) not in (None, *known):
@@ -634,8 +608,7 @@ def read_config(path: Path, **overrides) -> Config:
 
 
 def find_path(path: str | Path) -> Path:
-    """The file or folder `path`, or the folder of a hub name ("meta-llama/Llama-3.2-1B") in the
-    local cache. Raises FileNotFoundError if there is neither."""
+    """A file, a folder, or the folder of a hub name (meta-llama/Llama-3.2-1B) in the cache."""
     found = Path(path).expanduser()
     if found.exists():
         return found
@@ -650,14 +623,12 @@ def find_path(path: str | Path) -> Path:
 
 
 def read_tensors(path: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of the weights in a folder, by name. Raises
-    FileNotFoundError or ValueError if a file is missing or broken."""
+    """The tensors of a safetensors file, or of the model*.safetensors in a folder, by name."""
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("model*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{path}: holds neither model*.safetensors nor, of routers and "
-                                "adapters, flexidepth.safetensors")
+        raise FileNotFoundError(f"{path}: holds no model*.safetensors (.bin files are not read)")
     tensors = {}
     for file in files:
         try:
@@ -666,10 +637,8 @@ def read_tensors(path: Path, device: str) -> dict[str, Tensor]:
                     if not name.endswith("rotary_emb.inv_freq"):  # old files hold what we compute
                         tensors[name] = opened.get_tensor(name)
         except SafetensorError as error:
-            with open(file, "rb") as opened:
-                if opened.read(30).startswith(b"version https://git-lfs"):
-                    error = "a Git LFS pointer; `git lfs pull` or `hf download` gets the weights"
-            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+            raise ValueError(f"{file}: not a whole safetensors file, or a Git LFS pointer to one; "
+                             f"download it again ({error})") from None
     return tensors
 
 
@@ -680,8 +649,8 @@ def trained_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A temporary name to write to. The file appears under its own name only when it is complete;
-    until then, and if anything fails, an older one stays. Raises OSError if the disk is full."""
+    """A temporary name to write to. The file appears under its own name only when it is complete.
+    If anything fails, an older one stays. Raises OSError if the disk is full."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.part")
     temporary.touch()
@@ -703,8 +672,8 @@ SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_heade
            "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
 # What may end a text or an answer.
 ENDS = ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
-# How text is cut before its bytes are merged to tokens, by Llama 3 and by SmolLM2: as a pattern for
-# tiktoken, and as the steps of a tokenizer.json.
+# How Llama 3 and SmolLM2 cut text before its bytes are merged: as a pattern for tiktoken, and as
+# the steps of a tokenizer.json.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 DIGIT_SPLIT = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
@@ -715,24 +684,21 @@ PRE_TOKENIZERS = {
             BYTE_LEVEL | {"use_regex": False}],
     DIGIT_SPLIT: [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
 }
-# The marks that may stand in the template of a chat format, of which the first has to, and a
-# pattern that rules the format out. Llama 3 strips contents. ChatML does not, and ends each message
-# with a newline.
+# Which marks may stand in a format's template, of which the first has to, and what must not. Llama
+# 3 strips contents. ChatML does not, and ends each message with a newline.
 CHAT_FORMATS = {
     "llama3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>",
                 "<|eom_id|>", "<|python_tag|>"], r"(?s)\A(?!.*trim)"),
     "chatml": (["<|im_start|>", "<|im_end|>"],
                r"""trim|strip|bos_token|<\|im_end\|>(?!(['"] ?\+ ?['"])?(\n|\\n))"""),
 }
-# Pieces of a text, which end after 25,000 blanks or non-blanks in a row, as in Meta's tokenizer:
-# tiktoken fails on very long ones.
+# tiktoken fails on very long runs, so they are cut after 25,000 characters, as in Meta's tokenizer.
 PIECE = re.compile(r"(?s).*?(?:\s{25000}|\S{25000}|\Z)")
 
 
 def read_tokenizer_model(file: Path) -> tuple[dict, dict, str]:
-    """The ranks of tokens (bytes), the ids of special tokens and the split pattern of Llama 3's
-    tokenizer.model, which has a token in base64 and its rank on each line. Raises ValueError for
-    another kind."""
+    """Ranks by token, ids of special tokens by name, and the split pattern of Llama 3's
+    tokenizer.model, which has a token in base64 and its rank on each line."""
     ranks = {}
     try:
         for line in file.read_bytes().splitlines():
@@ -754,8 +720,8 @@ def byte_characters() -> dict[str, int]:
 
 
 def read_tokenizer_json(file: Path) -> tuple[dict, dict, str]:
-    """The same of a tokenizer.json. Raises ValueError for any other kind than Llama 3's and
-    SmolLM2's, because its ids could be wrong."""
+    """The same of a tokenizer.json. Raises ValueError for other kinds than Llama 3's and SmolLM2's,
+    because its ids could be wrong."""
     raw = read_json(file)
     try:
         model = raw["model"]
@@ -787,8 +753,7 @@ def read_tokenizer_json(file: Path) -> tuple[dict, dict, str]:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The folder's chat template: "" if its files say that there is none, None if they say nothing,
-    as those of Meta's own folders."""
+    """The folder's chat template, "" if it says that it has none, None if it does not say."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "tokenizer_config.json").is_file():
@@ -797,17 +762,14 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def find_chat_format(template: str | None, special: dict[str, int]) -> str | None:
-    """The name of the chat format, or None if it is not sure to be one of the known ones."""
-    known = [name for name, (marks, _) in CHAT_FORMATS.items() if marks[0] in special]
-    if template is None and len(known) == 1:  # the special tokens have to tell
-        return known[0]
-    template = template or ""
-    found = set(re.findall(r"<[|/]?\w+\|?>", template))
-    for name in known:
-        marks, excluded = CHAT_FORMATS[name]
-        if marks[0] in found and found <= set(marks) and not re.search(excluded, template):
-            return name
-    return None
+    """The name of the format, None if that is not sure. Special tokens tell if no template does."""
+    found = set(re.findall(r"<[|/]?\w+\|?>", template or ""))
+    fitting = []
+    for name, (marks, excluded) in CHAT_FORMATS.items():
+        fits = marks[0] in found <= set(marks) and not re.search(excluded, template)
+        if marks[0] in special and (fits or template is None):
+            fitting.append(name)
+    return fitting[0] if len(fitting) == 1 else None
 
 
 class Tokenizer:
@@ -819,11 +781,9 @@ class Tokenizer:
                  chat_template: str | None = None):
         self.special = special
         self.vocab_size = 1 + max(*ranks.values(), *special.values())
-        self.texts = {i: name.encode() for name, i in special.items()}
-        self.texts |= {i: token for token, i in ranks.items()}
-        # SmolLM2 has no tokens for some bytes. They get ids past the last one for tiktoken's sake,
+        # SmolLM2 has no tokens for some bytes. They get ids that no model has, for tiktoken's sake,
         # and encode drops them, as the tokenizers package does.
-        lacking = {bytes([byte]): self.vocab_size + byte for byte in range(256)}
+        lacking = {bytes([byte]): 2**30 + byte for byte in range(256)}
         self.encoding = tiktoken.Encoding(
             "flexidepth", pat_str=pattern, mergeable_ranks=lacking | ranks, special_tokens=special)
         ends = [special[name] for name in ENDS if name in special]
@@ -836,9 +796,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """From tokenizer.json, or else tokenizer.model, of a folder or hub name. Raises
-        FileNotFoundError if there is neither, and ValueError if it is of a kind that is not
-        supported, or has more tokens than the model beside it."""
+        """From tokenizer.json, or else tokenizer.model, of a folder or hub name. Raises ValueError
+        if it is not supported, or has more tokens than the model beside it."""
         folder = find_path(path)
         if (folder / "tokenizer.json").is_file():
             vocabulary = read_tokenizer_json(folder / "tokenizer.json")
@@ -857,9 +816,8 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids. Names of special tokens in the text are plain text. Bytes that the vocabulary
-        lacks are left out. bos and eos add the tokens that this tokenizer's texts begin and end
-        with, if it has such tokens."""
+        """Token ids. Names of special tokens in the text are plain text. bos and eos add the tokens
+        that texts of this tokenizer begin and end with, if there are such tokens."""
         ids = []
         for piece in PIECE.findall(text):
             ids += self.encoding.encode_ordinary(piece)
@@ -878,8 +836,7 @@ class Tokenizer:
             header = [start, *self.encode(role), end, *self.encode("\n\n")]
             return header, [*self.encode(content.strip()), self.special["<|eot_id|>"]], []
         if self.chat_format == "chatml":
-            # Role and content are one text, and a token may hold the end of the one and the
-            # beginning of the other. It belongs to the header.
+            # Role and content are one text. A token that holds parts of both counts as header.
             length = len(self.encode(f"{role}\n"))
             text = self.encode(f"{role}\n{content}")
             header = [self.special["<|im_start|>"], *text[:length]]
@@ -888,9 +845,8 @@ class Tokenizer:
                          "it can only continue plain text (sample.py --raw, rows of text)")
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-        """Token ids of [{"role": ..., "content": ...}, ...], and of the header of an answer.
-        Matches the folder's chat template, except that no default system message or date is
-        inserted."""
+        """Token ids of messages, and of the header of an answer. Matches the folder's chat
+        template, except that no default system message or date is inserted."""
         ids = list(self.begin_chat)
         for message in messages:
             ids += sum(self.encode_message(message), [])
@@ -901,7 +857,10 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, or a placeholder for an id that this tokenizer does not have."""
-        return self.texts.get(token, f"<|unknown_{token}|>".encode())
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return f"<|unknown_{token}|>".encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included; bytes not in UTF-8 become U+FFFD."""
@@ -910,19 +869,17 @@ class Tokenizer:
 
 # ---- Compiled decoding ---------------------------------------------------------------------------
 def compile_decode(model: FlexiDepth) -> None:
-    """Let torch.compile make the code that `generate` runs for a lone token, B = T = 1. Prompts,
-    batches and routes that are functions still run the layers above. Compiling takes some seconds
-    at the first tokens. Compiled code adds in another order, so the last bits of logits and gates
-    change. It takes a C++ compiler, and Triton on a GPU. Call it once for a model."""
+    """Let torch.compile make the code that `generate` runs for a lone token, B = T = 1. All else
+    still runs the layers above. It takes a C++ compiler, on a GPU Triton, and some seconds. Such
+    code adds in another order, so the last bits change. Call it once for a model."""
     compiled = torch.compile(decode_layer)
 
     def forward(layer, eager, x, rotation, cache, route):
         if x.shape[:2] != (1, 1) or cache is None or callable(route):
             return eager(x, rotation, cache, route)
         place = torch.full((1,), cache.length, device=x.device)
-        keys = cache.keys[layer.index]                                   # (1, K, max_length, d)
-        values = cache.values[layer.index]
-        return compiled(layer, x, rotation, keys, values, place, route)
+        return compiled(layer, x, rotation, cache.keys[layer.index], cache.values[layer.index],
+                        place, route)
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -933,10 +890,8 @@ def compile_decode(model: FlexiDepth) -> None:
 
 
 class RowSums(nn.Linear):
-    """nn.Linear, but for a lone token in compiled code on a CPU a sum, which the compiler turns
-    into a single pass over the weights. As long as x stays in the fastest cache meanwhile, that
-    read float32 weights up to 1.9 times as fast. In bfloat16 it was often slower
-    (tests/bench/README.md)."""
+    """In compiled code on a CPU, the product of a lone token is a sum. The compiler turns it into
+    one pass over the weights, up to 1.9 times as fast in float32 (tests/bench/README.md)."""
     def forward(self, x: Tensor) -> Tensor:
         lone = x.numel() == x.shape[-1] <= 2048
         if (lone and x.dtype == torch.float32 and x.device.type == "cpu"
@@ -948,10 +903,8 @@ class RowSums(nn.Linear):
 def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
                  place: Tensor, route: str) -> Routed:
     """DecoderLayer.forward for a lone token x (1, 1, D), in a form that compiles as a whole. A
-    Python `if` on the decision would cut the code in pieces, so it is a torch.cond here, which
-    compiles both paths and runs one. A cache that grows would need new code for each length, so
-    attention is to the whole cache, keys and values (1, K, max_length, d), under a mask, and the
-    token's place (1,) in it is a tensor."""
+    torch.cond, in place of a Python `if`, compiles both paths and runs one. Attention is to the
+    whole cache, keys and values (1, K, max_length, d), as each length would need its own code."""
     attention = layer.self_attn
     h = layer.input_layernorm(x)
     k, v = attention.keys_values(h, rotation)

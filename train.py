@@ -318,11 +318,9 @@ def main() -> None:
             torch.cuda.set_device(args.device)
         dist.init_process_group()
 
-    # The model: a frozen base, and routers and adapters in float32, as bfloat16 would lose small
-    # updates.
+    dtype = torch.float32 if args.device == "cpu" else None
     model = FlexiDepth.from_pretrained(
-        args.model, args.flexidepth, device=args.device,
-        dtype=torch.float32 if args.device == "cpu" else None, trained_dtype=torch.float32)
+        args.model, args.flexidepth, device=args.device, dtype=dtype)
     model.train(args.both_paths)
     config = model.config
     if args.checkpoint_activations:
@@ -331,6 +329,7 @@ def main() -> None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in trained.values():
+        p.data = p.data.float()  # bfloat16 would lose small updates
         p.grad = torch.zeros_like(p)  # some may get no gradient in a step
         if WORLD > 1:
             dist.broadcast(p.data, src=0)
