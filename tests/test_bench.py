@@ -30,14 +30,12 @@ def test_weights_read_for_a_token(model, share, kept):
     layers = 4 * (2 * D + KEYS_VALUES) + 2 * FULL
     routed = 2 * (ROUTED + ROUTER) + kept * FULL + (2 - kept) * SKIP
     assert found.weight_bytes == 4 * (layers + routed + D + D * VOCAB)
-    assert found.layers == 2 + kept
 
 
 def test_weights_read_with_routing_bypassed(model):
     """This catches routers and adapters that route="full" reads in vain."""
     found = bench.executed(model, torch.tensor([[1]]), "full")
     assert found.weight_bytes == 4 * (4 * (2 * D + KEYS_VALUES + FULL) + D + D * VOCAB)
-    assert found.layers == 4
 
 
 def test_products_of_a_prompt(model):
@@ -64,23 +62,17 @@ def test_skipped_layers_of_the_benchmark():
     """This catches shares that are not what the table says. The 8B's 8 skipped layers of 32 are
     half of those routed."""
     config = Config(**bench.SHAPES["8B"])
-    gate = torch.ones(1, 1)
     for share, skipped in ((0.0, 0), (0.25, 4), (0.5, 8), (0.75, 12), (1.0, 16)):
         rule = bench.skipping(config, share)
-        assert sum(not rule(layer, gate).item() for layer in range(16, 32)) == skipped
+        assert sum(not rule(layer, torch.ones(1)).item() for layer in range(16, 32)) == skipped
 
 
-def test_all_rows_on_a_small_model(monkeypatch, capsys, tmp_path):
-    """This catches rows that no longer run after a change of the code that they measure."""
+def test_all_rows_on_a_small_model(monkeypatch, capsys):
+    """This catches rows that no longer run after a change of the code that they measure. Row m
+    compiles, which takes long."""
     monkeypatch.setattr(bench, "TRANSFORMERS", False)
-    file = tmp_path / "bench.json"
-    threads = torch.get_num_threads()
-    try:
-        bench.main(["--model", str(bench.TINY), "--device", "cpu", "--rounds", "1", "--json",
-                    str(file), "--only", "b", "i", "k"])
-    finally:
-        torch.set_num_threads(threads)
-    table = capsys.readouterr().out
-    rows = {line.split()[1] for line in table.splitlines() if line.startswith("| ")}
-    assert rows == {"row", *"bcdeik"}
-    assert file.read_text().count('"ratio"') == table.count("\n| ") - 1
+    monkeypatch.setitem(bench.SHAPES, "1B", bench.SHAPES["135M"] | {
+        "vocab_size": 99, "num_hidden_layers": 4, "max_position_embeddings": 512})
+    bench.main("--device cpu --rounds 1 --only c f h i".split())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line[1] for line in lines] == ["row", *"cdccefhhhhhhhhi"]

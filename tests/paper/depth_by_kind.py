@@ -1,4 +1,4 @@
-"""Which tokens use many layers? Means over a depth map, by kind of token, by task and by depth.
+"""Which tokens use many layers, and which layers do they skip? Means over a depth map.
 
     python sample.py --prompt-file tests/tiny-llama/valid.jsonl --depth-map depth.jsonl
     python tests/paper/depth_by_kind.py depth.jsonl
@@ -6,15 +6,20 @@
 A token of a prompt has the depth of the position that read it, and one of an answer that of the
 position that predicted it. The share is of all tokens of the prompts, or of the answers. A token
 "repeats" if the same token stood after the same one before, in this prompt or answer.
+
+A second table has the share of tokens that keeps each routed layer. If a few layers are shut for
+all tokens and the others open, the router has pruned the model, and depth does not adapt. The last
+line tells: it is the share of the decisions' variance that the layer alone explains, 100 % in that
+case, and 0 % if every layer is kept as often as every other.
 """
 import json
+import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from statistics import fmean, pvariance
 
-KINDS = ["special token", "role of a speaker", "part of a character", "white space", "punctuation",
-         "digits", "start of a sentence", "start of a word", "rest of a word"]
 SPECIAL = re.compile(r"<\|\w+\|>")
 HEADERS = ("<|start_header_id|>", "<|im_start|>")  # the role of a speaker follows
 # What stands before the first word of a sentence: nothing, a line's end, or the last sentence's
@@ -63,68 +68,79 @@ def kinds_of(tokens: list[str | list[int]]) -> Iterator[str]:
         yield kind
 
 
-def groups_of(record: dict) -> Iterator[tuple[str, str, int]]:
-    """Of a record of a depth map: "prompt" or "answer", a group and the depth, for each token and
-    each group that it is in."""
-    prompt, answer = record["prompt"], record["answer"]
-    kinds = list(kinds_of(prompt["texts"] + answer["texts"]))
+def groups_of(record: dict) -> Iterator[tuple[str, int, str, int]]:
+    """Of a record of a depth map: "prompt" or "answer", a section of the table, a group and the
+    depth, for each token and each group that it is in."""
+    kinds = kinds_of(record["prompt"]["texts"] + record["answer"]["texts"])
     seen = set()
     last = None
-    for name, part in (("prompt", prompt), ("answer", answer)):
-        of_part = kinds[:len(part["ids"])]
-        kinds = kinds[len(part["ids"]):]
-        for token, depth, kind in zip(part["ids"], part["layers"], of_part, strict=True):
-            yield name, kind, depth
+    for name in ("prompt", "answer"):
+        for token, depth in zip(record[name]["ids"], record[name]["layers"], strict=True):
+            yield name, 0, next(kinds), depth
             if (last, token) in seen:
-                yield name, "repeats", depth
+                yield name, 1, "repeats", depth
             seen.add((last, token))
             last = token
             if "task" in record:
-                yield name, f"task {record['task']}", depth
-            yield name, f"{depth:2} layers", depth
-            yield name, "all tokens", depth
+                yield name, 2, f"task {record['task']}", depth
+            yield name, 3, f"{depth:2} layers", depth
+            yield name, 4, "all tokens", depth
+
+
+def explained_by_layer(shares: list[float]) -> float:
+    """The share of the decisions' variance that lies between layers, of the shares of tokens that
+    keep each layer. NaN if all tokens keep all layers, or none."""
+    mean = fmean(shares)
+    return pvariance(shares) / (mean * (1 - mean)) if 0 < mean < 1 else math.nan
 
 
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    tokens, layers = Counter(), Counter()  # (name, group) -> tokens, and the sum of their depths
+    depths = {"answer": defaultdict(list), "prompt": defaultdict(list)}  # of each section and group
+    kept = {"answer": Counter(), "prompt": Counter()}  # tokens that keep each routed layer
     with open(sys.argv[1], encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                if record["version"] != 1:
+                if record["version"] != 2:
                     raise ValueError(f"version {record['version']}")
-                for name, group, depth in groups_of(record):
-                    tokens[name, group] += 1
-                    layers[name, group] += depth
+                for name, section, group, depth in groups_of(record):
+                    depths[name][section, group].append(depth)
+                for name, counts in kept.items():
+                    for decision in record[name]["decisions"]:
+                        for layer, digit in zip(record["routing_layers"], decision, strict=True):
+                            counts[layer] += int(digit)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"line {number}: expected a record of sample.py --depth-map "
                                  f"({error!r})") from None
-    if not tokens:
+    if not depths["answer"]:
         raise ValueError("no records in it")
 
-    def order(group: str) -> tuple:
-        """Kinds, repeats, tasks, depths, all; kinds and tasks by their depth in answers."""
-        section = 0 if group in KINDS else 2
-        section = {"repeats": 1, "all tokens": 4}.get(group, section)
-        if re.fullmatch(r"[ \d]\d layers", group):
-            section = 3
-        name = "answer" if tokens["answer", group] else "prompt"
-        return section, layers[name, group] / tokens[name, group]
+    def order(group: tuple[int, str]) -> tuple[int, float]:
+        """By section, and then by depth in answers, or in prompts."""
+        return group[0], fmean(depths["answer"].get(group) or depths["prompt"][group])
 
+    total = {name: len(groups[4, "all tokens"]) for name, groups in depths.items()}
     print(f"{'':24}{'answer: tokens':>16}{'share':>8}{'layers':>8}"
           f"{'prompt: tokens':>18}{'share':>8}{'layers':>8}")
-    for group in sorted({group for _, group in tokens}, key=order):
+    for section, group in sorted(depths["answer"].keys() | depths["prompt"], key=order):
         cells = ""
         for name, width in (("answer", 16), ("prompt", 18)):
-            count = tokens[name, group]
-            share, mean = "", ""
-            if count:
-                share = f"{count / tokens[name, 'all tokens']:.1%}"
-                mean = f"{layers[name, group] / count:.2f}"
-            cells += f"{count:>{width},}{share:>8}{mean:>8}"
-        print(f"{repr(group)[1:-1]:24.24}{cells}")
+            found = depths[name].get((section, group), [])
+            share = len(found) / total[name]
+            means = f"{share:>8.1%}{fmean(found):>8.2f}" if found else " " * 16
+            cells += f"{len(found):>{width},}{means}"
+        print(f"{repr(group)[1:-1]:24.24}{cells}".rstrip())
+
+    routed = sorted(kept["answer"])
+    if routed:  # with route="full" there is none
+        shares = [[kept[name][layer] / total[name] for layer in routed] for name in kept]
+        lines = [(f"layer {layer} kept", *both) for layer, *both in zip(routed, *shares)]
+        lines.append(("explained by the layer", *map(explained_by_layer, shares)))
+        print(f"\n{'':24}{'answer':>16}{'prompt':>18}")
+        for what, answer, prompt in lines:
+            print(f"{what:24}{answer:>16.1%}{prompt:>18.1%}")
 
 
 if __name__ == "__main__":

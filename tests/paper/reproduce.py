@@ -1,32 +1,26 @@
 """The paper's experiments in small, on the tiny Llama: what each part of FlexiDepth is worth, and
 how other ways to skip compare.
 
-    python tests/paper/reproduce.py                  # all 72 runs, two bases to train among them
+    python tests/paper/reproduce.py                  # all 46 runs
     python tests/paper/reproduce.py --only router    # just the runs with this in their names
     python tests/paper/reproduce.py --seeds 1 --steps 30 --out quick.json
-    python tests/paper/reproduce.py --readme         # put the tables into tests/paper/README.md too
 
 The figures of a run go to --out as soon as it ends, and no run that is there is run again: a
-command that was interrupted goes on, and one that has finished prints its tables. Two smaller
-Llamas are made in out/siblings.
+command that was interrupted goes on, and one that has finished prints the tables of README.md.
 """
 import argparse
-import copy
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,47 +29,29 @@ from torch import Tensor, nn
 import tables
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-TINY_FOLDER = ROOT / "tests" / "tiny-llama"
-SIBLINGS_FOLDER = ROOT / "out" / "siblings"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE.parent.parent))
 from flexidepth import (  # noqa: E402
-    TRAINED, Attention, Config, DecoderLayer, FlexiDepth, Route, Tokenizer, layers_used, rotate,
-    skip_loss)
-from train import Row, TokenLosses, collate, read_rows, tokenize  # noqa: E402
+    Attention, Config, DecoderLayer, FlexiDepth, Route, Tokenizer, layers_used, rotate, skip_loss,
+    whole_file)
+from train import TINY, Row, collate, predict, read_jsonl, tokenize  # noqa: E402
 
 # train.py's recipe for the tiny Llama, in a third of its steps, at about three times its price.
 STEPS = 300
 ALPHA = 1.1e-3
 LR = 5e-3
-WARM_UP = 0.03
 BATCH_SIZE = 32
 ALPHAS = [3.5e-5, 1.1e-4, 3.5e-4, 1.1e-3, 3.5e-3, 3.5e-2]
-SIBLING_ALPHAS = [1.1e-4, 3.5e-4, 1.1e-3, 3.5e-3]
 CALIBRATION_ROWS = 128  # of the training rows, for methods that look at hidden states
-
-
-class Base(NamedTuple):
-    layers: int
-    width: int
-    steps: int  # of its own training
-    rows: int   # in each of these steps
-
-
-TINY = "12x96"  # tests/tiny-llama, which is there already
-BASES = {TINY: Base(12, 96, 2000, 96), "6x96": Base(6, 96, 1200, 32), "8x48": Base(8, 48, 1500, 48)}
 
 # What may depend on the batch: a function of its targets and real tokens that returns a route.
 RouteOf = Callable[[Tensor, Tensor], Route]
 
 
 # ---- Training and measuring ----------------------------------------------------------------------
-def read(folder: Path, name: str) -> list[Row]:
-    """The rows of a base's train or valid, in the order of their lengths."""
-    path = folder / f"{name}.jsonl"
-    tokenizer = Tokenizer.from_pretrained(folder)
-    with open(path, "rb") as lines:
-        rows = [tokenize(row, tokenizer, answers_only=True) for _, row in read_rows(path, lines)]
+def read(name: str) -> list[Row]:
+    """The rows of train or valid, in the order of their lengths."""
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    rows = [tokenize(row, tokenizer, True) for _, row in read_jsonl(TINY / f"{name}.jsonl")]
     return sorted(rows, key=lambda row: len(row.ids))
 
 
@@ -98,16 +74,16 @@ def batches(rows: list[Row], steps: int, seed: int) -> Iterator[list[Row]]:
 def train(model: FlexiDepth, rows: list[Row], alpha: float, steps: int, seed: int,
           penalty: Callable = skip_loss, route_of: RouteOf = always("learned")) -> None:
     """Train routers and adapters on L_lm + alpha * penalty(gates, real)."""
-    losses = TokenLosses(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
     for step, batch in enumerate(batches(rows, steps, seed)):
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = LR * min((step + 1) / (WARM_UP * steps), cosine)
+        optimizer.param_groups[0]["lr"] = LR * min((step + 1) / (0.03 * steps), cosine)
 
         input_ids, targets, real = collate(batch, "cpu")
-        token_losses, _, gates, _ = losses(input_ids, targets, route_of(targets, real))
-        loss = token_losses.mean() + alpha * penalty(gates, real)
+        logits, gates, _ = predict(model, input_ids, route_of(targets, real))
+        lm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = lm_loss + alpha * penalty(gates, real)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,7 +93,6 @@ def train(model: FlexiDepth, rows: list[Row], alpha: float, steps: int, seed: in
 def measure(model: FlexiDepth, rows: list[Row], route_of: RouteOf = always("learned")) -> dict:
     """The figures of a model, by task: exact match as in train.evaluate; and of the tokens of the
     answers the layers used, their standard deviation, and the layers used by position."""
-    losses = TokenLosses(model)
     exact = defaultdict(list)    # task -> whether each row's answer was found
     layers = defaultdict(list)   # task -> depth of each token of the answers
     by_position = defaultdict(lambda: defaultdict(list))
@@ -125,24 +100,22 @@ def measure(model: FlexiDepth, rows: list[Row], route_of: RouteOf = always("lear
     for start in range(0, len(rows), 256):
         batch = rows[start:start + 256]
         input_ids, targets, real = collate(batch, "cpu")
-        due = targets != -100
-        _, likeliest, _, kept = losses(input_ids, targets, route_of(targets, real))
-        found = (likeliest == targets[due]).split(due.sum(1).tolist())
+        logits, _, kept = predict(model, input_ids, route_of(targets, real))
+        right = (logits.argmax(-1) == targets) | (targets == -100)                # (B, T)
         depth = torch.full_like(input_ids, len(model.model.layers))
         if kept is not None:
             depth = layers_used(kept, model.config)
         everywhere += depth[real].tolist()
         for i, row in enumerate(batch):
-            used = depth[i, due[i]].tolist()
-            exact[row.task].append(float(found[i].all()))
+            used = depth[i, targets[i] != -100].tolist()
+            exact[row.task].append(float(right[i].all()))
             layers[row.task] += used
             by_position[row.task]["end"].append(used[-1])
             for position, value in enumerate(used[:-1], 1):
                 by_position[row.task][str(position)].append(value)
 
-    positions = {}
-    for task, found in by_position.items():
-        positions[task] = {at: fmean(found[at]) for at in tables.POSITIONS if at in found}
+    positions = {task: {at: fmean(found[at]) for at in tables.POSITIONS if at in found}
+                 for task, found in by_position.items()}
     return {"exact": {task: fmean(exact[task]) for task in tables.TASKS},
             "layers": {task: fmean(layers[task]) for task in tables.TASKS},
             "spread": {task: pstdev(layers[task]) for task in tables.TASKS},
@@ -153,17 +126,19 @@ def measure(model: FlexiDepth, rows: list[Row], route_of: RouteOf = always("lear
 # ---- Parts removed -------------------------------------------------------------------------------
 class KeptKeys(Attention):
     """Tokens that skip have no keys and values: only tokens that run the layer are attended to."""
-    def forward_kept(self, h, k, v, rotation, full):
+    def forward(self, h, k, v, rotation, places=None):
+        if places is None:  # all tokens run the layer
+            return super().forward(h, k, v, rotation)
         B, T, _ = h.shape
         kept = torch.zeros(B * T, dtype=torch.bool)
-        kept[full] = True
+        kept[places] = True
         mask = kept.view(B, 1, 1, T) & torch.ones(T, T, dtype=torch.bool).tril()  # (B, 1, T, T)
         # A token that skips sees itself. Its output is not read, but may not be NaN.
         mask = mask | torch.eye(T, dtype=torch.bool)
-        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, H, T, d)
-        out = F.scaled_dot_product_attention(rotate(q, rotation), k, v, mask, enable_gqa=True)
+        q = rotate(self.split_heads(self.q_proj(h)), rotation)                    # (B, H, T, d)
+        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         out = out.transpose(1, 2).flatten(2)                                      # (B, T, H * d)
-        return self.o_proj(out.flatten(0, 1)[full])                               # (N, D)
+        return self.o_proj(out.flatten(0, 1)[places])                             # (N, D)
 
 
 class LinearRouter(nn.Linear):
@@ -215,18 +190,16 @@ def remove(part: str, model: FlexiDepth) -> None:
             layer.__class__ = StraightThrough
 
 
-def run_flexidepth(folder: Path, steps: int, seed: int, alpha: float, part: str = "full") -> dict:
+def run_flexidepth(steps: int, seed: int, alpha: float, part: str = "full") -> dict:
     """Train and measure FlexiDepth without one of its parts."""
-    penalty = skip_loss
-    if part.startswith("linear penalty"):
-        penalty = linear_penalty
+    penalty = linear_penalty if part.startswith("linear penalty") else skip_loss
     if part == "linear penalty, 3 alpha":
         alpha = 3 * alpha
     torch.manual_seed(seed)
-    model = FlexiDepth.from_pretrained(folder)
+    model = FlexiDepth.from_pretrained(TINY)
     remove(part, model)
-    train(model, read(folder, "train"), alpha, steps, seed, penalty)
-    return measure(model, read(folder, "valid"))
+    train(model, read("train"), alpha, steps, seed, penalty)
+    return measure(model, read("valid"))
 
 
 # ---- Other ways to skip, trained -----------------------------------------------------------------
@@ -264,19 +237,19 @@ def rate_of(depth: float, config: Config) -> float:
     return 1 - (config.num_hidden_layers - depth) / len(config.routing_layers)
 
 
-def run_random_adapters(folder: Path, steps: int, seed: int, depth: float) -> dict:
+def run_random_adapters(steps: int, seed: int, depth: float) -> dict:
     """FlexiDepth with a coin in place of the gate's decision, in training too."""
     torch.manual_seed(seed)
-    model = FlexiDepth.from_pretrained(folder)
+    model = FlexiDepth.from_pretrained(TINY)
     rate = rate_of(depth, model.config)
-    train(model, read(folder, "train"), 0.0, steps, seed, route_of=at_random(rate, seed))
-    return measure(model, read(folder, "valid"), at_random(rate, seed + 1000))
+    train(model, read("train"), 0.0, steps, seed, route_of=at_random(rate, seed))
+    return measure(model, read("valid"), at_random(rate, seed + 1000))
 
 
-def run_attention_only(folder: Path, steps: int, seed: int, depth: float) -> dict:
+def run_attention_only(steps: int, seed: int, depth: float) -> dict:
     """MindSkip, drawn to the wanted depth by a penalty on the distance from it."""
     torch.manual_seed(seed)
-    model = FlexiDepth.from_pretrained(folder)
+    model = FlexiDepth.from_pretrained(TINY)
     rate = rate_of(depth, model.config)
     for index in model.config.routing_layers:
         model.model.layers[index].__class__ = AttentionOnly
@@ -284,8 +257,8 @@ def run_attention_only(folder: Path, steps: int, seed: int, depth: float) -> dic
     def distance(gates: Tensor, real: Tensor) -> Tensor:
         return (gates[real].mean() - rate).square()
 
-    train(model, read(folder, "train"), 10.0, steps, seed, distance, by_prompt)
-    return measure(model, read(folder, "valid"), by_prompt)
+    train(model, read("train"), 10.0, steps, seed, distance, by_prompt)
+    return measure(model, read("valid"), by_prompt)
 
 
 # ---- Other ways to skip, untrained ---------------------------------------------------------------
@@ -306,62 +279,36 @@ def block_influence(model: FlexiDepth, input_ids: Tensor, real: Tensor) -> list[
         found.append(1 - likeness[real].mean().item())
 
     hooks = [layer.register_forward_hook(note) for layer in model.model.layers]
-    model.hidden_states(input_ids, route="full")
+    model(input_ids, route="full")
     for hook in hooks:
         hook.remove()
     return found
 
 
-def merge(layers: nn.ModuleList, first: int, count: int) -> nn.ModuleList:
-    """LaCo: `count` layers in a row become one, the first plus the others' differences from it."""
-    merged = copy.deepcopy(layers[first])
-    others = layers[first + 1:first + count]
-    for name, p in merged.named_parameters():
-        differences = [other.get_parameter(name) - p for other in others]
-        p.data = p + sum(differences)
-    return nn.ModuleList([*layers[:first], merged, *layers[first + count:]])
-
-
 @torch.no_grad()
-def run_untrained(folder: Path, steps: int, seed: int, depth: float) -> dict:
+def run_untrained(steps: int, seed: int, depth: float) -> dict:
     """Ways to skip that train nothing, at a mean of `depth` layers."""
-    model = FlexiDepth.from_pretrained(folder)
-    valid = read(folder, "valid")
-    rows = read(folder, "train")
-    L = model.config.num_hidden_layers
-    layers = model.model.layers
+    model = FlexiDepth.from_pretrained(TINY)
+    rows, valid = read("train"), read("valid")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     input_ids, _, real = collate([rows[i] for i in order[:CALIBRATION_ROWS]], "cpu")
     influence = block_influence(model, input_ids, real)
-    whole, _, _ = model.hidden_states(input_ids, route="full")
+    layers = model.model.layers
+    # The layers by number, the one to drop last first.
+    orders = {
+        "last layers dropped": range(len(layers)),
+        "layers dropped by influence": sorted(range(len(layers)), key=lambda i: -influence[i])}
 
-    def likeness(candidate: nn.ModuleList) -> float:
-        """How alike the last hidden states are to those of the whole model."""
-        model.model.layers = candidate
-        x, _, _ = model.hidden_states(input_ids, route="full")
-        return F.cosine_similarity(whole[real], x[real], dim=-1).mean().item()
+    def exact_match(kept: list[int]) -> dict[str, float]:
+        model.model.layers = nn.ModuleList(layers[i] for i in sorted(kept))
+        return measure(model, valid, always("full"))["exact"]
 
-    def last_dropped(n: int) -> nn.ModuleList:
-        return layers[:n]
-
-    def influential(n: int) -> nn.ModuleList:
-        best = sorted(range(L), key=lambda i: -influence[i])[:n]
-        return nn.ModuleList(layers[i] for i in sorted(best))
-
-    def best_merge(n: int) -> nn.ModuleList:
-        return max([merge(layers, first, L - n + 1) for first in range(n)], key=likeness)
-
-    # Methods that drop whole layers can't run 8.5 of them. Some rows get n and the others n + 1,
-    # in shares that give the mean, so the expected exact match is a mean of both by these shares.
+    # These methods can't run 8.5 layers. Some rows get n and the others n + 1, in shares that give
+    # the mean, so the expected exact match is a mean of both by these shares.
     result = {"influence": influence}
     n = int(depth)
-    methods = {"last layers dropped": last_dropped, "layers dropped by influence": influential,
-               "layers merged": best_merge}
-    for method, choose in methods.items():
-        model.model.layers = choose(n)
-        few = measure(model, valid, always("full"))["exact"]
-        model.model.layers = choose(n + 1)
-        more = measure(model, valid, always("full"))["exact"]
+    for method, order in orders.items():
+        few, more = exact_match(order[:n]), exact_match(order[:n + 1])
         exact = {task: few[task] + (depth - n) * (more[task] - few[task]) for task in few}
         result[method] = {"exact": exact}
 
@@ -372,61 +319,28 @@ def run_untrained(folder: Path, steps: int, seed: int, depth: float) -> dict:
     return result
 
 
-# ---- Bases ---------------------------------------------------------------------------------------
-def run_base(folder: Path, steps: int, seed: int, base: Base) -> dict:
-    """The figures of a base, which is made if it is not there."""
-    if not (folder / "model.safetensors").is_file():
-        unfinished = folder.with_suffix(".part")
-        options = {"--out": unfinished, "--layers": base.layers, "--hidden-size": base.width,
-                   "--rows": base.rows, "--seed": seed, "--steps": base.steps * steps // STEPS}
-        command = [sys.executable, TINY_FOLDER / "make.py"]
-        for option, value in options.items():
-            command += [option, str(value)]
-        one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=one_core)
-        unfinished.rename(folder)
-
-    model = FlexiDepth.from_pretrained(folder)
-    size = sum(p.numel() for name, p in model.named_parameters() if not TRAINED.match(name))
-    # How alike the weights of neighbouring layers are. Merging layers relies on it.
-    weights = [layer.mlp.up_proj.weight.flatten() for layer in model.model.layers]
-    neighbours = [F.cosine_similarity(a, b, dim=0).item() for a, b in pairwise(weights)]
-    figures = measure(model, read(folder, "valid"), always("full"))
-    return {"parameters": size, "neighbours": neighbours} | figures
+def run_base(steps: int, seed: int) -> dict:
+    return measure(FlexiDepth.from_pretrained(TINY), read("valid"), always("full"))
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
-# A run has a name, base/what/seed, and is a function of the base's folder, steps and seed.
+# A run has a name, tables.BASE/what/seed, and is a function of steps and seed.
 def first_runs(seeds: int) -> dict[str, Callable]:
     """The runs that need no other."""
-    runs = {f"{name}/base/0": partial(run_base, base=base) for name, base in BASES.items()}
-    for seed in range(seeds):
-        for alpha in ALPHAS:
-            runs[f"{TINY}/alpha {alpha:g}/{seed}"] = partial(run_flexidepth, alpha=alpha)
-        for part in tables.PARTS:
-            if part != "full":  # it is among the alphas
-                runs[f"{TINY}/{part}/{seed}"] = partial(run_flexidepth, alpha=ALPHA, part=part)
-    return runs
-
-
-def sibling_runs(seeds: int, siblings: list[str]) -> dict[str, Callable]:
-    runs = {}
-    for base in siblings:
-        for seed in range(seeds):
-            for alpha in SIBLING_ALPHAS:
-                runs[f"{base}/alpha {alpha:g}/{seed}"] = partial(run_flexidepth, alpha=alpha)
-    return runs
+    options = {part: {"alpha": ALPHA, "part": part} for part in tables.PARTS}
+    del options["full"]  # it is among the alphas
+    options |= {f"alpha {alpha:g}": {"alpha": alpha} for alpha in ALPHAS}
+    return {f"{tables.BASE}/base/0": run_base} | {
+        f"{tables.BASE}/{what}/{seed}": partial(run_flexidepth, **options[what])
+        for seed in range(seeds) for what in options}
 
 
 def matched_runs(depths: list[float]) -> dict[str, Callable]:
     """Other ways to skip, at the mean depth of FlexiDepth with each seed."""
     methods = {"untrained": run_untrained, "random, adapters trained": run_random_adapters,
                "attention only, by sequence": run_attention_only}
-    runs = {}
-    for seed, depth in enumerate(depths):
-        for method, function in methods.items():
-            runs[f"{TINY}/{method}/{seed}"] = partial(function, depth=depth)
-    return runs
+    return {f"{tables.BASE}/{method}/{seed}": partial(function, depth=depth)
+            for seed, depth in enumerate(depths) for method, function in methods.items()}
 
 
 def start_worker() -> None:
@@ -437,64 +351,41 @@ def start_worker() -> None:
 
 def run(planned: dict[str, Callable], results: dict, out: Path, workers: int) -> None:
     """Those of the planned runs that are not in the results yet."""
-    steps = results["settings"]["steps"]
     started = time.time()
     names = {}
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
         for name, function in planned.items():
             if name not in results["runs"]:
-                base, _, seed = name.split("/")
-                folder = TINY_FOLDER if base == TINY else SIBLINGS_FOLDER / f"{base}-{steps}"
-                names[pool.submit(function, folder, steps, int(seed))] = name
+                seed = int(name.split("/")[-1])
+                names[pool.submit(function, results["settings"]["steps"], seed)] = name
         for done, future in enumerate(as_completed(names), 1):
             name = names[future]
-            results["runs"][name] = rounded(future.result())
-            write(out, results)
+            results["runs"][name] = json.loads(
+                json.dumps(future.result()), parse_float=lambda text: round(float(text), 5))
+            with whole_file(out) as temporary:
+                temporary.write_text(json.dumps(results, indent=1))
             print(f"{time.time() - started:5.0f} s  {name}, {done} of {len(names)}", flush=True)
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return round(value, 5)
-
-
-def write(file: Path, results: dict) -> None:
-    """A line a run, by name. The file appears under its name only when it is complete."""
-    lines = [f"  {json.dumps(name)}: {json.dumps(figures)}"
-             for name, figures in sorted(results["runs"].items())]
-    settings = json.dumps(results["settings"])
-    runs = ",\n".join(lines)
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(f'{{"settings": {settings},\n "runs": {{\n{runs}\n }}}}\n')
-    temporary.replace(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", default="", help="just the runs with this in their names, as 8x48 or router")
-    add("--steps", type=int, default=STEPS, help="of a training (300); bases get fewer with fewer")
+    add("--only", default="", help="just the runs with this in their names, as alpha or router")
+    add("--steps", type=int, default=STEPS, help="of a training (300)")
     add("--seeds", type=int, default=3, help="of routers, adapters and the order of rows (3)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one a core)")
     add("--out", type=Path, default=HERE / "results.json", help="the figures")
-    add("--readme", action="store_true", help="put the tables into tests/paper/README.md too")
     args = parser.parse_args()
     if min(args.steps, args.seeds, args.jobs) < 1:
         parser.error("--steps, --seeds and --jobs: expected at least 1")
 
-    settings = {
-        "steps": args.steps, "seeds": args.seeds, "lr": LR, "batch_size": BATCH_SIZE,
-        "alpha": ALPHA, "alphas": ALPHAS, "sibling_alphas": SIBLING_ALPHAS,
-        "calibration_rows": CALIBRATION_ROWS,
-        "bases": {name: list(base) for name, base in BASES.items()}}
+    settings = {"steps": args.steps, "seeds": args.seeds, "lr": LR, "batch_size": BATCH_SIZE,
+                "alpha": ALPHA, "alphas": ALPHAS, "calibration_rows": CALIBRATION_ROWS}
     results = {"settings": settings, "runs": {}}
     if args.out.is_file():
         results = json.loads(args.out.read_text())
-    if results["settings"] != settings:
+    if results["settings"] != results["settings"] | settings:
         parser.error(f"{args.out} was made with {results['settings']}; give another --out")
 
     def run_chosen(planned: dict[str, Callable]) -> None:
@@ -503,18 +394,13 @@ def main() -> None:
 
     run_chosen(first_runs(args.seeds))
     # --only may have left out what these need.
-    runs = results["runs"]
-    siblings = [base for base in BASES if base != TINY and f"{base}/base/0" in runs]
-    found = [runs.get(f"{TINY}/alpha {ALPHA:g}/{seed}") for seed in range(args.seeds)]
-    depths = [] if None in found else [tables.mean_depth(figures) for figures in found]
-    run_chosen(sibling_runs(args.seeds, siblings) | matched_runs(depths))
+    found = [results["runs"].get(f"{tables.BASE}/alpha {ALPHA:g}/{seed}")
+             for seed in range(args.seeds)]
+    if None not in found:
+        run_chosen(matched_runs([tables.mean_depth(figures) for figures in found]))
 
-    made = tables.make_tables(results)
-    for name, table in made.items():
+    for name, table in tables.make_tables(results).items():
         print(f"{name}\n\n{table}\n")
-    if args.readme:
-        readme = HERE / "README.md"
-        readme.write_text(tables.fill(readme.read_text(), made))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import json
 import math
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,8 +30,8 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from flexidepth import TRAINED, Config, FlexiDepth, Tokenizer  # noqa: E402
-from train import Rows, TokenLosses, collate, evaluate, tokenize  # noqa: E402
+from flexidepth import Config, FlexiDepth, Tokenizer, read_config  # noqa: E402
+from train import collate, evaluate, load_rows, tokenize  # noqa: E402
 
 SAYINGS = """
 better late | than never
@@ -198,7 +197,7 @@ def new_base(config: Config) -> tuple[FlexiDepth, dict[str, torch.Tensor]]:
     model = FlexiDepth(config)
     base = {}
     for name, p in model.named_parameters():
-        if not TRAINED.match(name):
+        if not p.requires_grad:  # of the base, not of a router or adapter
             base[name] = p.requires_grad_(True)
             if p.ndim == 2:
                 std = p.shape[1] ** -0.5
@@ -210,7 +209,7 @@ def new_base(config: Config) -> tuple[FlexiDepth, dict[str, torch.Tensor]]:
 
 
 def train_base(args: argparse.Namespace, tokenizer: Tokenizer, held_out: set[str]) -> FlexiDepth:
-    model, base = new_base(Config.from_json(args.out / "config.json"))
+    model, base = new_base(read_config(args.out / "config.json"))
     print(f"{sum(p.numel() for p in base.values()):,} parameters", flush=True)
     matrices = [p for p in base.values() if p.ndim == 2]
     norms = [p for p in base.values() if p.ndim == 1]
@@ -249,9 +248,7 @@ def exact_match(model: FlexiDepth, tokenizer: Tokenizer, file: Path) -> dict[str
     """The share of rows of each task that the base answers right."""
     settings = argparse.Namespace(
         seq_len=256, answers_only=True, micro_batch_size=128, device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Rows(file, Path(folder, "tokens.pt"), tokenizer, settings)
-        table = evaluate(TokenLosses(model), rows, model.config, settings)
+    table = evaluate(model, load_rows(file, tokenizer, settings), settings)
     return {task: round(figures["base_exact"], 3) for task, figures in table.items()}
 
 
