@@ -2,6 +2,7 @@
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -21,16 +22,17 @@ from flexidepth import FlexiDepth, Tokenizer, layers_used  # noqa: E402
 CHOICES = {"query": "Question: 1+1?\n", "choices": ["2", "10"], "gold": 0}
 ROWS = {
     "piqa": CHOICES, "arc_easy": {**CHOICES, "query": "Question: 1+1?"}, "hellaswag": CHOICES,
-    "winogrande": {"context_options": ["It", "He"], "continuation": "is.", "gold": 1},
+    "winogrande": {"context_options": ["It", "Everybody"], "continuation": "is.", "gold": 1},
     "lambada_openai": {"context": "one two", "continuation": "three"},
 }
 REQUESTS = {
     "piqa": [("Question: 1+1?\nAnswer:", " 2"), ("Question: 1+1?\nAnswer:", " 10")],
     "arc_easy": [("Question: 1+1?\nAnswer:", " 2"), ("Question: 1+1?\nAnswer:", " 10")],
     "hellaswag": [("Question: 1+1?\n", " 2"), ("Question: 1+1?\n", " 10")],
-    "winogrande": [("It", " is."), ("He", " is.")],
+    "winogrande": [("It", " is."), ("Everybody", " is.")],
     "lambada_openai": [("one two", " three")],
 }
+
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> Path:
@@ -45,6 +47,7 @@ def bench(tmp_path, monkeypatch) -> Path:
 def folder(tmp_path, write_checkpoint, write_ranks) -> Path:
     """A random model with routers, a context of 64 tokens, and a tokenizer of bytes."""
     folder = write_checkpoint(tmp_path / "model", routers=True, vocab_size=512)
+    FlexiDepth.from_pretrained(folder).save_flexidepth(folder)
     write_ranks(folder)
     return folder
 
@@ -61,15 +64,16 @@ def instances(kind: str, *args: tuple) -> list[Instance]:
 
 def test_requests_of_local_tasks(bench):
     """A prompt may differ from the one that the harness's task of this name has."""
+    manager = TaskManager()
     for name, expected in REQUESTS.items():
-        task = TaskManager().load([benchmarks.local_task(bench, name)])["tasks"][name]
+        task = manager.load([benchmarks.local_task(bench, name)])["tasks"][name]
         task.build_all_requests()
         assert [request.args for request in task.instances] == expected
 
 
 @torch.no_grad()
 def score(oracle: transformers.LlamaForCausalLM, context: list, answer: list) -> tuple:
-    """What transformers gives to one request of at most 64 tokens and one that is only predicted."""
+    """What transformers gives to a request: the last 64 tokens, and one that is only predicted."""
     ids = torch.tensor([context + answer])[:, -65:]
     logits = oracle(ids[:, :-1]).logits[0, -len(answer):]
     targets = ids[0, -len(answer):, None]
@@ -124,23 +128,34 @@ def test_generated_text(lm):
 
 
 def test_figures(bench, folder, monkeypatch, capsys):
-    """Counts of prompts and answers may be exchanged or hold padding, the base may be run with its
-    routers, or the coin may keep another share than the gates."""
+    """Prompts and answers may be exchanged, padding may count, the base may run its routers, or the
+    coin may keep other shares than the gates, or the same tokens."""
+    with open(bench / "lambada_openai_some.jsonl", "w") as file:
+        for i in range(50):
+            row = {"context": f"{i ** 9} " * (1 + i % 4), "continuation": "so"}
+            file.write(json.dumps(row) + "\n")
     out = bench / "figures.json"
     options = f"--model {folder} --data {bench} --tasks winogrande lambada_openai --out {out}"
     monkeypatch.setattr(sys, "argv", ["benchmarks.py", *options.split()])
     benchmarks.main()
-    figures = json.loads(out.read_text())
-    rows = {(row["task"], row["route"]): row for row in figures["rows"]}
-    assert len(rows) == 6 and len(capsys.readouterr().out.splitlines()) == 1 + 6 + 3
-    assert rows["winogrande", "full"]["answers"] == rows["winogrande", "full"]["prompts"] == 4
+    rows = {(row["task"], row["route"]): row for row in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 6 and len(capsys.readouterr().out.splitlines()) >= 1 + 6 + 3
 
+    base = rows["winogrande", "full"]
+    assert base["answers"] == base["prompts"] == 4 and base["skipped"] == 0
     model = FlexiDepth.from_pretrained(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
-    depths = []
-    for text in ("It is.", "He is."):
+    prompts, answers = [], []
+    for text in ("It is.", "Everybody is."):
         _, _, kept = model(torch.tensor([tokenizer.encode(text, bos=True)[:-1]]))
-        depths.append(layers_used(kept[0], model.config).float())
+        depths = layers_used(kept[0], model.config).tolist()
+        prompts += depths[:-4]
+        answers += depths[-4:]
     learned = rows["winogrande", "learned"]
-    # begin_of_text, "I" and "t" predict " is.", of which the last is not run.
-    ...
+    assert learned["prompts"] == pytest.approx(fmean(prompts))
+    assert learned["answers"] == pytest.approx(fmean(answers))
+    assert learned["skipped"] == pytest.approx(1 - fmean(prompts + answers) / 4)
+
+    learned, coin = rows["lambada_openai", "learned"], rows["lambada_openai", "coin"]
+    assert coin["rates"] == pytest.approx(learned["rates"], abs=0.05)
+    assert coin["answers"] != learned["answers"]

@@ -1,15 +1,14 @@
-"""How much of the base's benchmark scores FlexiDepth keeps, by lm-evaluation-harness.
+"""How much of the base's benchmark scores FlexiDepth keeps, by lm-evaluation-harness (lm_eval).
 
-    pip install lm_eval
     HF_ALLOW_CODE_EVAL=1 python tests/paper/benchmarks.py --flexidepth out --device cuda \\
-        --model meta-llama/Meta-Llama-3-8B-Instruct --out benchmarks.json \\
-        --tasks mmlu hellaswag winogrande gsm8k humaneval coqa
+        --model meta-llama/Meta-Llama-3-8B-Instruct \\
+        --tasks mmlu hellaswag winogrande gsm8k humaneval coqa    # humaneval runs the model's code
 
-HumanEval runs code that the model wrote. The route "full" is the base, and "learned" is what the
-gates decide. "coin" keeps the same share of each routed layer as "learned" did in the task, but for
-random tokens. In the table, kept is the score divided by the base's. Answers and prompts are layers
-used: a position that predicts a token of an answer (a continuation) counts as answer, the others as
-prompt, each time they are run. Skipped is the share of all layers in both.
+The route "full" is the base, and "learned" is what the gates decide. "coin" keeps the same share of
+each routed layer as "learned" did in the task, but for random tokens. In the table, kept is the
+score over the base's. Answers and prompts are layers used: a position that predicts a token of an
+answer (a continuation) belongs to the answer, and the others to the prompt, each time they are run.
+Skipped is the share of all layers that was skipped in both.
 """
 import argparse
 import json
@@ -70,11 +69,14 @@ class HarnessModel(TemplateLM):
             batch = order[start:start + self.batch_size]
             ids = pad_sequence([rows[i] for i in batch], batch_first=True)        # (B, T + 1)
             ids = ids.to(self.model.lm_head.weight.device)
-            x, _, kept = self.model.hidden_states(ids[:, :-1], route=self.route)
+            # The head, whose vocabulary is large, runs below, and only for answers.
+            head, self.model.lm_head = self.model.lm_head, torch.nn.Identity()
+            x, _, kept = self.model(ids[:, :-1], route=self.route)
+            self.model.lm_head = head
             for b, i in enumerate(batch):
                 end = len(rows[i]) - 1
                 begin = max(0, end - len(requests[i][2]))
-                logits = self.model.lm_head(x[b, begin:end]).float()              # (answer, V)
+                logits = head(x[b, begin:end]).float()                            # (answer, V)
                 targets = ids[b, begin + 1:end + 1, None]                         # (answer, 1)
                 score = logits.log_softmax(-1).gather(-1, targets).sum().item()
                 results[i] = score, torch.equal(logits.argmax(-1, keepdim=True), targets)
@@ -113,16 +115,19 @@ class HarnessModel(TemplateLM):
 
 
 def local_task(folder: Path, name: str) -> dict:
-    """The harness's task of this name, with rows from disk. (A task outside a group is a new one.)"""
+    """The harness's own task with rows from disk. Only as a member of a group does it stay that."""
+    files = [str(file) for file in folder.glob(f"{name}*.jsonl")]
+    if name not in LOCAL or not files:
+        raise ValueError(f"{folder}: no {name}*.jsonl; expected one of {', '.join(LOCAL)}")
     text, choice, target = LOCAL[name]
     return {"group": "local", "task": [{
         "task": name, "dataset_path": "json", "dataset_name": None, "process_docs": None,
-        "dataset_kwargs": {"data_files": {"test": f"{folder}/{name}*.jsonl"}},
+        "dataset_kwargs": {"data_files": {"test": files}},
         "training_split": None, "validation_split": None, "test_split": "test",
         "doc_to_text": text, "doc_to_choice": choice, "doc_to_target": target}]}
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -138,16 +143,12 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--out", type=Path, help="write all figures to this JSON file")
     args = parser.parse_args()
-    if "coin" in args.routes and "learned" not in args.routes:
+    routes = [route for route in ROUTES if route in args.routes]
+    if "coin" in routes and "learned" not in routes:
         parser.error("--routes coin needs learned, too")
-    if args.data and not set(args.tasks) <= set(LOCAL):
-        parser.error(f"--tasks {' '.join(args.tasks)}: --data has {', '.join(LOCAL)}")
-    return args
+    specs = {task: local_task(args.data, task) if args.data else task for task in args.tasks}
 
-
-def main() -> None:
-    args = parse_args()
-    gates = None if args.routes == ["full"] else args.flexidepth or args.model
+    gates = None if routes == ["full"] else args.flexidepth or args.model
     dtype = args.dtype and getattr(torch, args.dtype)
     model = FlexiDepth.from_pretrained(args.model, gates, device=args.device, dtype=dtype)
     lm = HarnessModel(model, Tokenizer.from_pretrained(args.model), args.batch_size)
@@ -160,18 +161,18 @@ def main() -> None:
         return torch.rand(gate.shape, generator=generator).to(gate.device) < rate
 
     rows = []
-    for task in args.tasks:
+    for task, spec in specs.items():
         base = torch.nan
-        for route in sorted(args.routes, key=ROUTES.index):
+        for route in routes:
             lm.route = coin if route == "coin" else route
             lm.seen = []
             generator.manual_seed(args.seed)
             run = simple_evaluate(
-                lm, tasks=[local_task(args.data, task) if args.data else task], limit=args.limit,
-                task_manager=manager, bootstrap_iters=1000, log_samples=False,
-                confirm_run_unsafe_code=True)
+                lm, tasks=[spec], limit=args.limit, task_manager=manager, bootstrap_iters=1000,
+                log_samples=False, confirm_run_unsafe_code=True)
             results = run["results"][task]
             name = SCORES.get(task) or next(name for name in results if "," in name)
+            error = results[name.replace(",", "_stderr,")]
             if route == "full":
                 base = results[name]
 
@@ -181,15 +182,15 @@ def main() -> None:
             rates = torch.cat([prompts, answers]).float().mean(0)                 # (R,)
             rows.append({
                 "task": task, "route": route, "score": results[name],
-                "error": results[name.replace(",", "_stderr,")],
+                "error": torch.nan if error == "N/A" else error,
                 "kept": results[name] / base if base else torch.nan,
                 "answers": layers_used(answers, config).float().mean().item(),
                 "prompts": layers_used(prompts, config).float().mean().item(),
                 "skipped": 1 - layers_used(rates, config).item() / config.num_hidden_layers,
                 "rates": rates.tolist(), "results": results})
         means = [{"task": "mean", "route": route} | {
-            name: fmean(row[name] for row in rows if row["route"] == route) for name in COLUMNS}
-            for route in sorted(args.routes, key=ROUTES.index)]
+            name: fmean(row[name] for row in rows if row["route"] == route) for name in COLUMNS
+        } | {"error": torch.nan} for route in routes]
         if args.out:
             figures = {"settings": vars(args), "rows": rows, "means": means}
             args.out.write_text(json.dumps(figures, indent=1, default=str))
