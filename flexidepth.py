@@ -12,11 +12,11 @@ layer's post_attention_layernorm. Then:
               x = x + g * mlp(norm(x))
     else:     x = x + (1 - g) * adapter(norm(x))                the skipping path
 
-A token with g = 0.4 takes the skipping path: the adapter's output is scaled by 0.6 and added to it.
-Its query, attention, output projection and mlp are not computed, and that is the saving. Its key
-and value are computed all the same, because later tokens on the full path attend to all tokens
-before them. In Llama-3-8B the skipping path of a layer reads 22 million weights, where the
-pre-trained layer reads 218 million.
+A token with g = 0.4 takes the skipping path: the adapter's output is multiplied by 0.6 and added to
+x. Its query, output projection and mlp are not computed, and where it is the only token, neither is
+its attention. That is the saving. Its key and value are computed all the same, because later tokens
+on the full path attend to all tokens before them. In Llama-3-8B the skipping path of a layer reads
+22 million weights, where the pre-trained layer reads 218 million.
 
 Routers and adapters are trained on
 
@@ -30,13 +30,13 @@ from L_skip directly. The factors stay when the model is used, so a layer is not
 even if all its gates are above 0.5. With route="full" (the default is "learned") routers and
 adapters are bypassed, which gives exactly the pre-trained model.
 
-The factor alone does not tell a router what its decision changed. In training mode, which is ours
-and not the paper's, both paths are computed, and g also gets the gradient that it would have in
-g * full + (1 - g) * skip, where full and skip are what the two paths give. Values stay the same.
+The factor does not tell a router whether the other path would have been better. After model.train()
+both paths are computed for every token, and g also gets the gradient that it would have in
+g * full + (1 - g) * skip, where full and skip are what the paths give. The values stay the same.
+This is ours. The paper's way is to train in evaluation mode, in which a model is made.
 
-Dtypes: the model runs in the dtype of its base. Gates are computed in float32 and rounded to that
-dtype before they are compared or multiplied, so training and inference decide alike. In training,
-routers and adapters are float32 and run under autocast.
+The sigmoid is computed in float32 and rounded to the base's dtype before it is compared or
+multiplied, so training and inference decide alike.
 
 Letters in shapes: B batch, T new tokens of a row, S cached and new tokens, N tokens of one path; D
 hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; R layers with a router.
@@ -188,14 +188,15 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation,
                 places: Tensor | None = None) -> Tensor:
         """Second step: the tokens h (B, T, D) attend causally to k and v (B, K, S, d) -> (B, T, D).
-        With places (N,) only the tokens at these places among the B * T do -> (N, D)."""
+        With places (N,), only the tokens at these places among the B * T do, and the result is
+        (N, D)."""
         B, T, _ = h.shape
         _, K, S, d = k.shape
         if places is None:
             q = self.q_proj(h)
         else:
-            # Attention is computed at every place, because that is faster, and the results at other
-            # places are discarded. Zeros, as NaNs there would spoil the gradients of k and v.
+            # Attention is computed at every place: leaving some out would need a mask, and that is
+            # slower. Other results are discarded. NaNs there would spoil the gradients of k and v.
             queries = self.q_proj(h.flatten(0, 1)[places])                        # (N, H * d)
             q = queries.new_zeros(B * T, queries.shape[-1])
             q = q.index_copy(0, places, queries).unflatten(0, (B, T))
@@ -203,7 +204,7 @@ class Attention(nn.Module):
 
         mask = None
         if T == 1:
-            # One token sees all keys. Heads that share a key become rows of one matrix product.
+            # A token sees all keys. Query heads that share a key head become rows of one product.
             q = q.reshape(B, K, -1, d)                                            # (B, K, H / K, d)
         elif T < S:  # token t of the T sees keys 0..S-T+t
             mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
@@ -245,8 +246,8 @@ class Router(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Runs in place of the mlp, and is like it, but by default a sixteenth as wide. The released
-    weights call it router_proj. They exchange the names down_proj and up_proj, and so does this."""
+    """A skipping token runs it in place of the mlp. It is like the mlp, but a sixteenth as wide. The
+    released weights call it router_proj. In it, down_proj comes first and up_proj comes last."""
     def __init__(self, config: Config):
         super().__init__()
         D = config.hidden_size
@@ -259,11 +260,11 @@ class Adapter(nn.Module):
 
 
 # "learned": a token takes the full path if its gate is above the threshold. "full": all tokens run
-# the pre-trained layer. Another rule is a function (layer_index, gate) -> kept that replaces the
-# comparison, such as lambda layer_index, gate: gate > 0.7. It gets the layer's index among all and
-# the gates (B, T), and returns a bool tensor that broadcasts to (B, T), True for the full path.
+# the pre-trained layer. To use another rule, give the model a function (layer_index, gate) -> kept,
+# such as lambda layer_index, gate: gate > 0.7, which replaces the comparison. It gets the layer's
+# index among all and the rounded gates (B, T). It returns a bool tensor that broadcasts to (B, T).
 Route = str | Callable[[int, Tensor], Tensor]
-# Hidden states (B, T, D), gates (B, T), float32, and kept (B, T), bool; the last two may be None.
+# Hidden states (B, T, D), gates (B, T), float32, and kept (B, T), bool, or None without a decision.
 Routed = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -285,8 +286,8 @@ class DecoderLayer(nn.Module):
 
     def decide(self, h: Tensor, route: Route) -> tuple[Tensor, Tensor]:
         """h (B, T, D) -> gate (B, T), float32, and kept (B, T), bool, True for the full path."""
-        # L_skip takes the gate in float32: in bfloat16 it would be 1 from a logit of 6.25 on, and
-        # have no gradient. The rounded gate decides and multiplies, as in the released model.
+        # In bfloat16 a gate is 1 from a logit of 6.25 on, and has no gradient. So L_skip takes it
+        # in float32. The rounded gate decides and multiplies, as in the released model.
         gate = torch.sigmoid(self.router(h).float())
         rounded = gate.to(h.dtype)
         if route == "learned":
@@ -322,7 +323,7 @@ class DecoderLayer(nn.Module):
             x = torch.where(kept[..., None], full, skip) + (g - g.detach()) * (full - skip).detach()
             return x, gate, kept
 
-        N = int(kept.sum())  # tokens on the full path; the layer's only wait for a GPU
+        N = int(kept.sum())  # tokens on the full path; here the CPU waits for the GPU
         # If all tokens take one path, as a lone token does, the weights of the other are not read.
         if N == 0:
             return self.skip_path(x, g), gate, kept
@@ -369,7 +370,7 @@ class FlexiDepth(nn.Module):
         self.config = config
         self.folder = None  # the path that it was loaded from
         self.model = nn.Module()
-        # nn.Embedding(V, D) would take a second on the meta device, where from_pretrained makes it.
+        # On the meta device, which from_pretrained uses, nn.Embedding(V, D) would take a second.
         words = torch.empty(V, D).uniform_(-1, 1)
         self.model.embed_tokens = nn.Embedding.from_pretrained(words)
         layers = [DecoderLayer(config, index) for index in range(config.num_hidden_layers)]
@@ -387,8 +388,8 @@ class FlexiDepth(nn.Module):
                 last_only: bool = False) -> Output:
         """Logits, gates and decisions for input_ids (B, T), int64, padded (if at all) at the end.
 
-        cache: holds the rows' earlier tokens, without padding, and takes these. last_only: logits
-        of the last position alone, (B, 1, V). Raises ValueError if there is no room."""
+        cache: holds the rows' earlier tokens, and takes these. last_only: logits of the last
+        position alone, (B, 1, V). Raises ValueError if there is no room for the tokens."""
         start = cache.length if cache else 0
         end = start + input_ids.shape[1]
         room = cache.keys.shape[3] if cache else self.config.max_position_embeddings
@@ -408,8 +409,7 @@ class FlexiDepth(nn.Module):
                 decisions.append(kept)
         if cache:
             cache.length = end
-        if last_only:
-            x = x[:, -1:]
+        x = x[:, -1:] if last_only else x
         logits = self.lm_head(self.model.norm(x))
         if not gates:
             return Output(logits, None, None)
@@ -421,8 +421,8 @@ class FlexiDepth(nn.Module):
                         dtype: torch.dtype | None = None) -> "FlexiDepth":
         """Load a Llama or FlexiDepth checkpoint: a folder, or a hub name in the local cache.
 
-        Routers and adapters are those of the folder or file `flexidepth`, if it is given; else
-        those among the model's own weights; else new ones, by torch's global generator, in
+        Routers and adapters are those of the folder or file `flexidepth`, if it is given. Otherwise
+        they are those among the model's own weights. If there are none, new ones are made in
         routing_layers, which default to those of config.json or to the latter half. dtype: defaults
         to that of the checkpoint's largest tensor. Raises FileNotFoundError or ValueError if a file
         is missing, broken or does not fit."""
@@ -437,7 +437,10 @@ class FlexiDepth(nn.Module):
                 raise ValueError(f"{source}: no routers and adapters; train.py makes them")
         folder = find_path(path)
         tensors = read_tensors(folder, device)
-        trained = trained or trained_part(tensors)
+        own = trained_part(tensors)
+        trained = trained or own
+        for name in own.keys() - trained.keys():
+            del tensors[name]
 
         # The tensors themselves say which layers have a router, and how wide its parts are.
         layers = {int(name.split(".")[2]) for name in trained}  # model.layers.N. ...
@@ -447,7 +450,7 @@ class FlexiDepth(nn.Module):
             routing_layers=list(routing_layers or layers) or None,
             router_size=sizes.get("router_norm"),
             adapter_size=sizes.get("down_proj"),
-            # A head of its own counts, even if config.json says that it is tied.
+            # If the file holds a head, it is used, even if config.json says that it is tied.
             tie_word_embeddings=False if "lm_head.weight" in tensors else None)
         with torch.device("meta"):  # shapes without memory; the weights are assigned to them
             model = cls(config)
@@ -480,7 +483,7 @@ class FlexiDepth(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model, in the base's dtype, as a folder in the released layout, with the
-        tokenizer's files of the folder it came from. Raises OSError if it is that same folder."""
+        tokenizer's files of the folder it came from."""
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         if self.folder:
@@ -536,10 +539,9 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
     the context. Ignore what a row yields after its own stop token. Raises ValueError if an argument
     is wrong, or the logits are no longer finite."""
     B, T = input_ids.shape
-    if T == 0:
-        raise ValueError("an empty prompt; expected at least one token")
-    if not (temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_p {top_p}; expected >= 0 and in (0, 1]")
+    if not (T > 0 and temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"{T} tokens, temperature {temperature}, top_p {top_p}; expected at least "
+                         "1, at least 0, and above 0 up to 1")
     context = model.config.max_position_embeddings
     words = model.model.embed_tokens.weight
     cache = KVCache(model.config, B, min(T + max_new_tokens, context), words.device, words.dtype)
@@ -684,8 +686,8 @@ PRE_TOKENIZERS = {
             BYTE_LEVEL | {"use_regex": False}],
     DIGIT_SPLIT: [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
 }
-# Which marks may stand in a format's template, of which the first has to, and what must not. Llama
-# 3 strips contents. ChatML does not, and ends each message with a newline.
+# The marks that a format's template may hold, of which the first has to be there, and a pattern
+# that it must not match. Llama 3 strips contents. ChatML does not, and a newline ends each message.
 CHAT_FORMATS = {
     "llama3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>",
                 "<|eom_id|>", "<|python_tag|>"], r"(?s)\A(?!.*trim)"),
@@ -738,8 +740,8 @@ def read_tokenizer_json(file: Path) -> tuple[dict, dict, str]:
             if not token["special"] or len(name) == 1 or name in made:
                 raise ValueError(f"added token {name!r} is not special, or is part of plain text")
 
-        # tiktoken merges in the order of ids, and so must the file's own list of merges. tiktoken
-        # takes any whole word that is a token, merged or not, as ignore_merges says.
+        # tiktoken merges in the order of ids, and so must the file's own list of merges. If a whole
+        # word is a token, tiktoken takes it without merging, as ignore_merges asks for.
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
         order = [vocab[token] for token in merges]
         unmerged = [token for token in vocab if len(token) > 1 and token not in made]
@@ -869,9 +871,9 @@ class Tokenizer:
 
 # ---- Compiled decoding ---------------------------------------------------------------------------
 def compile_decode(model: FlexiDepth) -> None:
-    """Let torch.compile make the code that `generate` runs for a lone token, B = T = 1. All else
-    still runs the layers above. It takes a C++ compiler, on a GPU Triton, and some seconds. Such
-    code adds in another order, so the last bits change. Call it once for a model."""
+    """Let torch.compile make the code that `generate` runs for one token at a time, B = T = 1. All
+    else still runs the layers above. It needs a C++ compiler, on a GPU Triton, and some seconds at
+    first. Such code adds in another order, so the last bits change. Call it once for a model."""
     compiled = torch.compile(decode_layer)
 
     def forward(layer, eager, x, rotation, cache, route):
@@ -893,9 +895,9 @@ class RowSums(nn.Linear):
     """In compiled code on a CPU, the product of a lone token is a sum. The compiler turns it into
     one pass over the weights, up to 1.9 times as fast in float32 (tests/bench/README.md)."""
     def forward(self, x: Tensor) -> Tensor:
-        lone = x.numel() == x.shape[-1] <= 2048
-        if (lone and x.dtype == torch.float32 and x.device.type == "cpu"
-                and torch.compiler.is_compiling()):
+        lone = x.numel() == x.shape[-1] <= 2048  # more would not stay in the fastest cache
+        float32 = x.dtype == torch.float32 and x.device.type == "cpu"
+        if lone and float32 and torch.compiler.is_compiling():
             return (self.weight * x.unsqueeze(-2)).sum(-1)
         return F.linear(x, self.weight)
 

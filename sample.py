@@ -10,10 +10,10 @@ JSONL rows with a "prompt" or "messages", and any "task". Routers and adapters a
 --flexidepth, or what train.py left in out/ for this model, or those in the model's own folder.
 
 A router gives each token a gate at each routed layer. Where the gate is above the threshold, the
-token keeps the layer, else it skips it and goes through a small adapter. Plain layers have no
-router, and every token runs them. The depth of a position is the number of layers that it ran. A
-token of a prompt has the depth of the position that read it, and a token of an answer that of the
-position that predicted it, which is the one before it.
+token runs the layer. Otherwise it skips the layer, and a small adapter takes its place. Every token
+runs the plain layers, which have no router. The depth of a token is the number of layers that ran.
+At each position the model reads one token and predicts the next one. A prompt's token has the depth
+of its own position. An answer's token has the depth of the position before it, which predicted it.
 
 A record is a dict of the settings, a prompt and its answer, with the depths of all tokens. Its
 fields are in README.md. --depth-map writes a record a line, and --html draws them.
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=200, help="at most so many tokens in an answer (200)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total (1)")
-    add("--seed", type=int, default=0, help="seed of the first prompt; prompt i has seed + i (0)")
+    add("--seed", type=int, default=0, help="seed of the first prompt; each later one adds 1 (0)")
     add("--compile", action="store_true", help="compile decoding: slower at first, then faster")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
@@ -173,7 +173,8 @@ UTF8Decoder = codecs.getincrementaldecoder("utf-8")  # a character comes with it
 
 
 def answer(model: FlexiDepth, tokenizer: Tokenizer, request: dict, show_depth: bool) -> dict:
-    """Generate, and print the answer as it comes. The record is the request with results added."""
+    """Generate, and print the answer as it comes. A request has the settings, a seed and a prompt.
+    The record, which is returned, has the results, too."""
     prompt = encode(tokenizer, request, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(request["seed"])
     decoder = UTF8Decoder("replace")
@@ -185,7 +186,7 @@ def answer(model: FlexiDepth, tokenizer: Tokenizer, request: dict, show_depth: b
             request["top_p"], generator, tokenizer.stop_ids, request["route"]):
         token = step.token.item()
         ids.append(token)
-        if step.kept is not None:  # of the whole prompt at first, then of one position
+        if step.kept is not None:  # of all the prompt's positions at first, then of one
             decisions += ["".join(map(str, kept)) for kept in step.kept[0].int().tolist()]
         text = printable(decoder.decode(tokenizer.token_bytes(token)))
         if show_depth:
@@ -193,7 +194,7 @@ def answer(model: FlexiDepth, tokenizer: Tokenizer, request: dict, show_depth: b
         if show_depth or token not in tokenizer.stop_ids:
             print(text, end="", flush=True)
     seconds = time.perf_counter() - started
-    print()
+    print(decoder.decode(b"", final=True))  # half a character, if the answer was cut there
 
     T = len(prompt)
     decisions = decisions or [""] * (T + len(ids) - 1)  # route="full" decides nothing
@@ -246,7 +247,7 @@ def shade(text: str, depth: int, settings: dict) -> str:
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return f"{text}[{depth}]"
     colour = SHADES[round(6 * share_of_depth(depth, settings))]
-    # The end of a line has no background, because it would paint the rest of the line.
+    # A newline has no background, because it would paint the rest of the line.
     return re.sub("(.+)", f"\033[48;5;{colour};38;5;16m\\1\033[0m", text)
 
 
@@ -309,8 +310,8 @@ def main() -> None:
         least = layers - len(settings["routing_layers"])
         print("legend:", *[shade(f"a {n}-layer token", n, settings) for n in (least, layers)])
 
-    with (open(args.depth_map or os.devnull, "w") as depth_map,
-          open(args.html or os.devnull, "w", encoding="utf-8") as page):
+    with (open(args.html or os.devnull, "w", encoding="utf-8") as page,
+          open(args.depth_map or os.devnull, "w") as depth_map):
         page.write(f"{PAGE}<p>{escape(printable(title))}\n")
         for i, prompt in enumerate(prompts):
             if not (args.chat and sys.stdin.isatty()):  # a terminal shows what is typed

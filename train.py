@@ -48,19 +48,15 @@ from flexidepth import (
     FlexiDepth, Output, Route, Tokenizer, find_path, layers_used, skip_loss, whole_file)
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
-# Defaults of options, and four settings without an option: AdamW's beta2; clip, the largest norm of
-# the gradients, or 0 for no clipping; and two that are ours and not the paper's. towards_base: L_lm
-# is the divergence (KL) from the base's own prediction of the next token. both_paths: gates learn
-# from the path that was not taken, too.
+# A recipe holds the defaults of options, and four settings that have no option. beta2 is AdamW's.
+# clip is the largest norm of the gradients, and 0 means no clipping. The other two are ours and not
+# the paper's. With towards_base, L_lm is the divergence (KL) from the base's own prediction of the
+# next token. With both_paths, gates also learn from the path that was not taken.
 RECIPES = {
     # The paper's, for Llama-3-8B-Instruct.
     "paper": dict(alpha=1e-3, lr=1e-4, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
                   answers_only=False, beta2=0.999, clip=0.0, towards_base=False, both_paths=False),
-    # The first of the two stages that made the released weights. The second has an alpha of 1e-5.
-    "released": dict(alpha=1e-4, lr=1e-4, epochs=1.0, batch_size=32, micro_batch_size=1,
-                     seq_len=2048, answers_only=False, beta2=0.95, clip=1.0, towards_base=False,
-                     both_paths=False),
-    # For a real model of a few hundred million parameters, such as SmolLM2-135M, on a laptop.
+    # For a small real model, such as SmolLM2-135M, on a laptop.
     "smol": dict(alpha=2e-3, lr=2e-3, epochs=0.34, batch_size=8, micro_batch_size=2, seq_len=256,
                  answers_only=False, beta2=0.999, clip=0.0, towards_base=True, both_paths=True),
     # For tests/tiny-llama.
@@ -68,8 +64,11 @@ RECIPES = {
                  seq_len=256, answers_only=True, beta2=0.999, clip=0.0, towards_base=False,
                  both_paths=False),
 }
-# Settings that may differ when a run goes on, and among its processes. They do not change what is
-# trained.
+# The first of the two stages that made the released weights. For the second, add --alpha 1e-5 and
+# --flexidepth with the first one's --out.
+RECIPES["released"] = RECIPES["paper"] | dict(
+    alpha=1e-4, epochs=1.0, batch_size=32, beta2=0.95, clip=1.0)
+# These settings may differ when a run goes on. They change the result only by rounding.
 FREE = ("out", "valid", "resume", "device", "save_every", "micro_batch_size",
         "checkpoint_activations")
 
@@ -92,10 +91,8 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of new routers and of the order of rows (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--save-every", type=int, default=200, help="steps between checkpoints (200)")
-    add("--checkpoint-activations", action="store_true",
-        help="less memory, more time: compute routed layers again for their gradients")
-    add("--recipe", choices=RECIPES, help="defaults of what follows (tiny for the tiny Llama, else "
-        "paper)")
+    add("--checkpoint-activations", action="store_true", help="less memory for more time")
+    add("--recipe", choices=RECIPES, help="defaults of what follows (default: tiny or paper)")
     add("--alpha", type=float, help="price of depth, the weight of L_skip")
     add("--lr", type=float, help="peak learning rate")
     add("--epochs", type=float, help="passes over the data; 0 trains nothing, but evaluates")
@@ -103,8 +100,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=int, help="rows a step, of all processes together")
     add("--micro-batch-size", type=int, help="rows on a device at a time")
     add("--seq-len", type=int, help="longer rows, in tokens, are left out")
-    add("--answers-only", action=argparse.BooleanOptionalAction,
-        help="L_lm on the answers of conversations alone")
+    add("--answers-only", action=argparse.BooleanOptionalAction, help="L_lm on answers alone")
     args = parser.parse_args()
 
     args.recipe = args.recipe or ("tiny" if Path(args.model).resolve() == TINY else "paper")
@@ -115,7 +111,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--batch-size, --micro-batch-size and --save-every have to be at least 1")
     if (args.out / "train.json").exists() or (args.out.exists() and not args.resume):
         parser.error(f"{args.out} exists; give another --out, or --resume if its run has not ended")
-    # Each process shall have a micro-batch.
+    # With smaller micro-batches, every process has one.
     args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // WORLD))
     return args
 
@@ -139,8 +135,8 @@ class Row:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[str, dict]]:
-    """The objects of a JSONL file, each after its place in the file. Raises ValueError with the
-    place of a line that is none."""
+    """Yield the place and the object of each line of a JSONL file. Raises ValueError, with the
+    place, if a line is not an object."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file}, line {number}"
@@ -153,13 +149,14 @@ def read_jsonl(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_messages(row: dict) -> list[dict]:
-    """The messages of a row, if any, that have content. Tool calls, for one, have none."""
+    """The messages of a row that have content. A tool call, for example, has none."""
     return [message for message in row.get("messages", []) if (message["content"] or "").strip()]
 
 
 def tokenize(row: dict, tokenizer: Tokenizer, answers_only: bool) -> Row:
-    """A row of JSON as tokens. Of a conversation all tokens count, or those of the answers; those
-    of a message with "weight": 0 do not. Raises ValueError if the row is not understood."""
+    """A row of JSON as tokens. All tokens of a conversation count in L_lm, or with answers_only
+    those of answers alone. A message with "weight": 0 never counts. Raises ValueError if the row is
+    not understood."""
     for name in ("conversations", "system", "tools"):
         if row.get(name):
             raise ValueError(f"{name!r} is not read; put all of a conversation into 'messages'")
@@ -212,9 +209,9 @@ def load_rows(file: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> lis
 
 
 def plan_batches(count: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:
-    """The numbers of the rows of every step, of `count` rows. They depend on the arguments alone,
-    so that a run can go on anywhere. Each epoch has an order of its own. Rows that do not fill its
-    last batch are left for other epochs."""
+    """The numbers of every step's rows, out of `count`. They depend on the arguments alone, so that
+    a run can go on anywhere. Each epoch has an order of its own. Rows that do not fill its last
+    batch are left for other epochs."""
     generator = torch.Generator().manual_seed(seed)
     plan = []
     while len(plan) < steps:
@@ -225,8 +222,8 @@ def plan_batches(count: int, steps: int, batch_size: int, seed: int) -> list[lis
 
 def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Rows as padded tensors (B, T): input_ids; targets, which are the next tokens, or -100 where
-    they do not count in L_lm; and real, bool, False where a row has no next token. Padding is at
-    the end of a row, where no real token can attend to it."""
+    they do not count in L_lm; and real, bool, True where a row has a next token. Padding is at the
+    end of a row, where no real token can attend to it."""
     ids = pad_sequence([row.ids for row in rows], batch_first=True, padding_value=-1)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=-100)
     real = ids[:, 1:] >= 0
@@ -238,7 +235,7 @@ def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
 def predict(model: FlexiDepth, input_ids: Tensor, route: Route = "learned") -> Output:
     """What the model gives for input_ids (B, T). With route "full" this is the base's."""
     dtype = model.model.embed_tokens.weight.dtype
-    # Routers and adapters are float32. Autocast computes in the base's dtype where they meet it.
+    # Routers and adapters are float32. Autocast casts them to the base's dtype.
     with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
         return model(input_ids, route=route)
 
@@ -249,8 +246,8 @@ def evaluate(model: FlexiDepth, rows: list[Row], args: argparse.Namespace) -> di
 
     base_loss, loss      cross-entropy of the base and of FlexiDepth
     same                 share of tokens for which both find the same token likeliest
-    base_exact, exact    share of rows in which every token that counts is the likeliest one. Where
-                         that is one answer a row, greedy decoding would give just this answer
+    base_exact, exact    share of rows in which every token that counts is the likeliest one. If one
+                         answer counts in a row, then greedy decoding gives just this answer
     layers               mean depth: the number of layers that a token runs, plain ones too"""
     totals = defaultdict(Counter)
     for start in range(0, len(rows), args.micro_batch_size):
@@ -321,7 +318,7 @@ def main() -> None:
     dtype = torch.float32 if args.device == "cpu" else None
     model = FlexiDepth.from_pretrained(
         args.model, args.flexidepth, device=args.device, dtype=dtype)
-    model.train(args.both_paths)
+    model.train(args.both_paths)  # it means nothing else, as there is no dropout
     config = model.config
     if args.checkpoint_activations:
         for index in config.routing_layers:
@@ -330,7 +327,7 @@ def main() -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in trained.values():
         p.data = p.data.float()  # bfloat16 would lose small updates
-        p.grad = torch.zeros_like(p)  # some may get no gradient in a step
+        p.grad = torch.zeros_like(p)  # in a step it may get none, and all_reduce needs a tensor
         if WORLD > 1:
             dist.broadcast(p.data, src=0)
     optimizer = torch.optim.AdamW(
@@ -368,7 +365,7 @@ def main() -> None:
     for name, value in saved[0]["run"].items():
         if run.get(name) != value:
             raise ValueError(f"{args.out} is of another run, or of another process's: its {name} "
-                             f"was {value:.60}, here it is {run.get(name):.60}")
+                             f"was {value:.60}, here it is {str(run.get(name)):.60}")
     begin = saved[0]["step"]
     if begin:
         model.load_state_dict(saved[0]["trained"], strict=False)
@@ -406,8 +403,8 @@ def main() -> None:
             lm_loss = loss / counted_tokens                                # its part of L_lm
             gate_loss = skip_loss(gates, real) * real.sum() / real_tokens  # its part of L_skip
             (lm_loss + args.alpha * gate_loss).backward()
-            kept_shares = kept[real].sum(0) / real_tokens                         # (R,)
-            figures += torch.stack([lm_loss, gate_loss, *kept_shares]).detach()
+            shares = kept[real].sum(0) / real_tokens                              # (R,)
+            figures += torch.stack([lm_loss, gate_loss, *shares]).detach()
         if WORLD > 1:
             for tensor in (figures, *(p.grad for p in trained.values())):
                 dist.all_reduce(tensor)
@@ -416,6 +413,7 @@ def main() -> None:
         lm, skip, *kept_shares = figures.tolist()
         if not math.isfinite(lm + skip + norm):
             advice = "a lower --lr may help, in a new --out"
+            input_ids, _, _ = collate(batch[:1], args.device)
             if not predict(model, input_ids, "full").logits.isfinite().all():
                 advice = "the base's own logits are not finite"
             raise ValueError(f"step {step}: losses {lm} and {skip}, gradient norm {norm}; {advice}")
@@ -443,7 +441,7 @@ def main() -> None:
     if RANK == 0:
         model.save_flexidepth(args.out)
     model.eval()
-    table = evaluate(model, held_out, args)  # in every process: none has to wait for another
+    table = evaluate(model, held_out, args)  # in every process, so that none waits and times out
     if table:
         print_table(table, config.num_hidden_layers)
     if RANK == 0:
@@ -462,8 +460,8 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two are torch's
         advice = ""
-        if "memory" in str(error):
-            advice = "; a smaller --micro-batch-size or --checkpoint-activations needs less"
+        if "allocate" in str(error):
+            advice = "; a smaller --micro-batch-size or --checkpoint-activations needs less memory"
         sys.exit(f"train.py: {' '.join(str(error).split())[:500]}{advice}")
     except KeyboardInterrupt:
         sys.exit("\ntrain.py: interrupted; --resume goes on from the last checkpoint, if any")
