@@ -109,6 +109,8 @@ def parse_args() -> argparse.Namespace:
             setattr(args, name, value)
     if min(args.batch_size, args.micro_batch_size, args.save_every) < 1:
         parser.error("--batch-size, --micro-batch-size and --save-every have to be at least 1")
+    if not 0 <= min(args.alpha, args.lr, args.epochs, args.steps or 0) < math.inf:
+        parser.error("--alpha, --lr, --epochs and --steps can't be negative")
     if (args.out / "train.json").exists() or (args.out.exists() and not args.resume):
         parser.error(f"{args.out} exists; give another --out, or --resume if its run has not ended")
     # With smaller micro-batches, every process has one.
@@ -352,6 +354,7 @@ def main() -> None:
 
     # What has to be the same in all processes, and in a run that goes on.
     run = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    run["model"] = str(find_path(args.model).resolve())
     run["config"] = str(config)
     run["data"] = f"{len(rows)} rows of {sum(len(row.ids) for row in rows)} tokens"
     saved = [{"run": run, "step": 0}]
