@@ -246,7 +246,7 @@ class Router(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A skipping token runs it in place of the mlp. It is like the mlp, but a sixteenth as wide. The
+    """A skipping token runs it in place of the mlp. It is a sixteenth as wide as the mlp. The
     released weights call it router_proj. In it, down_proj comes first and up_proj comes last."""
     def __init__(self, config: Config):
         super().__init__()
@@ -472,6 +472,8 @@ class FlexiDepth(nn.Module):
             model.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:  # it names all tensors, which may be hundreds of lines
             raise ValueError(f"{path}: {error}"[:300]) from None
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
     def save_flexidepth(self, folder: str | Path) -> Path:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # On a busy machine two threads wait for each other 40 times longer.
 
-from flexidepth import TRAINED, Config, FlexiDepth  # noqa: E402
+from flexidepth import FlexiDepth, read_config  # noqa: E402
 
 CONFIG = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48,
           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -65,25 +65,17 @@ def write_checkpoint():
     folder."""
     def write(folder: Path, dtype=torch.float32, routers=False, shards=1, **settings) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        settings = CONFIG | settings
-        (folder / "config.json").write_text(json.dumps(settings))
-
+        (folder / "config.json").write_text(json.dumps(CONFIG | settings))
         torch.manual_seed(0)
-        names = Config.__dataclass_fields__
-        model = FlexiDepth(Config(**{key: settings[key] for key in settings if key in names}))
-        state = {name: t.to(dtype) for name, t in model.state_dict().items()
-                 if routers or not TRAINED.match(name)}
-        if shards == 1:
-            save_file(state, folder / "model.safetensors")
-            return folder
-
-        weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
-                      for i, name in enumerate(sorted(state))}
-        for file in set(weight_map.values()):
-            part = {name: t for name, t in state.items() if weight_map[name] == file}
-            save_file(part, folder / file)
-        index = json.dumps({"weight_map": weight_map})
-        (folder / "model.safetensors.index.json").write_text(index)
+        model = FlexiDepth(read_config(folder / "config.json"))
+        state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        names = sorted(name for name in state if routers or ".router" not in name)
+        for i in range(shards):
+            part = f"-{i + 1:05}-of-{shards:05}" if shards > 1 else ""
+            tensors = {name: state[name] for name in names[i::shards]}
+            save_file(tensors, folder / f"model{part}.safetensors")
         return folder
 
     return write
@@ -93,6 +85,13 @@ def write_checkpoint():
 def folder(tmp_path, write_checkpoint) -> Path:
     """A random Llama without routers, in float32."""
     return write_checkpoint(tmp_path / "llama")
+
+
+@pytest.fixture
+def model(folder) -> FlexiDepth:
+    """This Llama, with new routers in layers 2 and 3, whose gates lie on both sides of 0.5."""
+    torch.manual_seed(1)
+    return FlexiDepth.from_pretrained(folder)
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
-"""transformers as the oracle of route="full", of greedy text, and of SmolLM2's tokens and chats.
+"""transformers as the oracle of route="full", of greedy text, and of SmolLM2.
 
 Every model but SmolLM2 is a tiny random Llama that transformers saved and our loader read. Ours and
 the oracle's sdpa run the same operations in the same order, so there the logits are the same bits.
 Its eager attention, with scores, mask and softmax written out, is the second opinion, to 1e-5.
 """
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
-from tokenizers import Tokenizer as Oracle  # noqa: E402
-from tokenizers import pre_tokenizers  # noqa: E402
 
 from flexidepth import FlexiDepth, KVCache, Tokenizer, generate  # noqa: E402
 
@@ -130,95 +127,31 @@ def test_cached_logits(tmp_path):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("file_name", ["config.json", "generation_config.json"])
-def test_greedy(tmp_path, write_ranks, file_name):
+def test_greedy(tmp_path, write_ranks):
     """A token may be fed back twice or at the wrong position, only the first of several end tokens
-    or only one file's may count, an answer may lack its end token, or a depth may not be that of
-    all layers."""
-    model = save_llama(tmp_path, **ALL)
+    may count, an answer may lack its end token, or a depth may not be that of all layers."""
+    model = save_llama(tmp_path, **ALL, vocab_size=560)
     prompt = torch.tensor([[3, 14, 15, 92, 65]])
     free = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, 5:].tolist()
     assert len(set(free)) > 5  # A text that only repeats itself would show little.
     ours = list(generate(FlexiDepth.from_pretrained(tmp_path), prompt, 20, route="full"))
-    assert [(token.item(), depth.item()) for token, depth in ours] == [(t, 3) for t in free]
+    assert [(step.token.item(), step.depth.item()) for step in ours] == [(t, 3) for t in free]
 
-    write_ranks(tmp_path)  # Its own end tokens have ids above those of the model.
-    (tmp_path / "generation_config.json").unlink(missing_ok=True)
-    file = tmp_path / file_name
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps(settings | {"eos_token_id": [159, free[8]]}))
+    write_ranks(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [159, free[8]]}))
     theirs = oracle(tmp_path).generate(prompt, max_new_tokens=20, do_sample=False)[0, 5:].tolist()
     assert theirs == free[:free.index(free[8]) + 1]
     ours = generate(FlexiDepth.from_pretrained(tmp_path), prompt, 20, route="full",
                     stop_ids=Tokenizer.from_pretrained(tmp_path).stop_ids)
-    assert [token.item() for token, _ in ours] == theirs
+    assert [step.token.item() for step in ours] == theirs
 
 
 # ---- SmolLM2 -------------------------------------------------------------------------------------
-PIECES = [
-    "the", "The", "don", "'s", "'LL", "’s", "'", "_", "(", "...", "->", " ", "  ", "     ", "\t",
-    "\n", "\n\n", "\r\n", " \n", "\u00a0", "\u3000", "7", "42", "1234567", "3.14", "½", "٣", "²",
-    "é", "e\u0301", "straße", "Ж", "привет", "日本語", "한국", "नमस्ते", "🙂", "👩\u200d👧", "\x00",
-    "\ufffd", "def f(x):\n    return x ** 2\n", "for (i = 0; i < 10; i++) {", "https://a.b/c?d=1",
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>", "user\n",
-]
-CHATS = [
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 12 + 30 = "}],
-    [{"role": "system", "content": "A poet."}, {"role": "user", "content": "\n\nA rhyme?\n"},
-     {"role": "assistant", "content": "Time.\n\n"}, {"role": "user", "content": "été 🙂"}],
-    [{"role": "system", "content": ""}, {"role": "user", "content": ""}],
-]
-
-
-def random_texts(count: int) -> list[str]:
-    """Texts of PIECES, and texts of any characters but surrogates, which are not text."""
-    rng = random.Random(0)
-    texts = []
-    for _ in range(count):
-        texts.append("".join(rng.choices(PIECES, k=rng.randint(1, 30))))
-        points = [rng.randrange(rng.choice([0x80, 0x3000, 0xD800])) for _ in range(20)]
-        texts.append("".join(map(chr, points + [rng.randrange(0xE000, 0x110000)])))
-    return texts
-
-
-def test_smollm2_tokens(smollm2):
-    """Text may be cut or merged otherwise than in training. SmolLM2 has no tokens for 21 of the
-    bytes, and only texts without them are compared."""
-    ours = Tokenizer.from_pretrained(smollm2)
-    theirs = Oracle.from_file(str(smollm2 / "tokenizer.json"))
-    theirs.encode_special_tokens = True  # The names of special tokens are text in a text.
-    vocab = theirs.get_vocab()
-    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    compared = 0
-    for text in random_texts(500):
-        characters = "".join(part for part, _ in bytewise.pre_tokenize_str(text))
-        if set(characters) <= vocab.keys():
-            ids = ours.encode(text)
-            assert ids == theirs.encode(text).ids, repr(text)
-            assert ours.decode(ids) == text
-            compared += 1
-    assert compared > 500
-
-
-@pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_smollm2_chats(smollm2, add_generation_prompt):
-    """A chat may get other ids than those of the folder's own template."""
-    ours = Tokenizer.from_pretrained(smollm2)
-    # AutoTokenizer would take the class GPT2Tokenizer, which does not split numbers into digits.
-    settings = json.loads((smollm2 / "tokenizer_config.json").read_text())
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(smollm2 / "tokenizer.json"), chat_template=settings["chat_template"])
-    assert ours.chat_format == "chatml"
-    for messages in CHATS:
-        ids = theirs.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, return_dict=False)
-        assert ours.encode_chat(messages, add_generation_prompt) == ids, messages
-
-
 def test_smollm2_text(smollm2):
     """A model that others trained may give other logits, by a bit, or another text."""
     tokenizer = Tokenizer.from_pretrained(smollm2)
-    ids = torch.tensor([tokenizer.encode_chat(CHATS[0], True)])
+    chat = [{"role": "user", "content": "12 + 30 ="}]
+    ids = torch.tensor([tokenizer.encode_chat(chat, True)])
     theirs = oracle(smollm2, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad():
         expected = theirs(ids).logits
@@ -227,4 +160,4 @@ def test_smollm2_text(smollm2):
     with torch.no_grad():
         assert torch.equal(ours(ids, route="full").logits, expected)
     tokens = generate(ours, ids, 20, route="full", stop_ids=tokenizer.stop_ids)
-    assert [token.item() for token, _ in tokens] == text[0, ids.shape[1]:].tolist()
+    assert [step.token.item() for step in tokens] == text[0, ids.shape[1]:].tolist()
