@@ -13,10 +13,10 @@ layer's post_attention_layernorm. Then:
     else:     x = x + (1 - g) * adapter(norm(x))                the skipping path
 
 A token with g = 0.4 takes the skipping path: the adapter's output is multiplied by 0.6 and added to
-x. Its query, output projection and mlp are not computed, and where it is the only token, neither is
-its attention. That is the saving. Its key and value are computed all the same, because later tokens
-on the full path attend to all tokens before them. In Llama-3-8B the skipping path of a layer reads
-22 million weights, where the pre-trained layer reads 218 million.
+x. Its query, output projection and mlp are not computed. If no token takes the full path, attention
+is not computed either. That is the saving. Its key and value are computed all the same, because
+later tokens on the full path attend to all tokens before them. In Llama-3-8B the skipping path of a
+layer reads 22 million weights, where the pre-trained layer reads 218 million.
 
 Routers and adapters are trained on
 
@@ -32,11 +32,12 @@ adapters are bypassed, which gives exactly the pre-trained model.
 
 The factor does not tell a router whether the other path would have been better. After model.train()
 both paths are computed for every token, and g also gets the gradient that it would have in
-g * full + (1 - g) * skip, where full and skip are what the paths give. The values stay the same.
-This is ours. The paper's way is to train in evaluation mode, in which a model is made.
+g * full + (1 - g) * skip, with the outputs of the two paths, full and skip, held constant. Values
+stay the same. This is ours: the paper trains without it, as does a model in evaluation mode, which
+is a model's mode when it is made.
 
-The sigmoid is computed in float32 and rounded to the base's dtype before it is compared or
-multiplied, so training and inference decide alike.
+L_skip takes the gate in float32. The decision and the factors use it as rounded to the base's
+dtype, in training as in use, so that both decide alike.
 
 Letters in shapes: B batch, T new tokens of a row, S cached and new tokens, N tokens of one path; D
 hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; R layers with a router.
@@ -65,7 +66,7 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 @dataclass
 class Config:
-    """The shape of a model, by the names of config.json. Raises ValueError if values do not fit."""
+    """The shape of a model, by the names of config.json. Raises ValueError for a wrong type."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -195,8 +196,8 @@ class Attention(nn.Module):
         if places is None:
             q = self.q_proj(h)
         else:
-            # Attention is computed at every place: leaving some out would need a mask, and that is
-            # slower. Other results are discarded. NaNs there would spoil the gradients of k and v.
+            # Attention is computed at every place, because that is faster than with a mask. Tokens
+            # that skip get zeros: NaNs from unused memory would spoil the gradients of k and v.
             queries = self.q_proj(h.flatten(0, 1)[places])                        # (N, H * d)
             q = queries.new_zeros(B * T, queries.shape[-1])
             q = q.index_copy(0, places, queries).unflatten(0, (B, T))
@@ -246,8 +247,8 @@ class Router(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A skipping token runs it in place of the mlp. It is a sixteenth as wide as the mlp. The
-    released weights call it router_proj. In it, down_proj comes first and up_proj comes last."""
+    """A skipping token runs it in place of the mlp, which by default is 16 times as wide. As in the
+    released weights, down_proj maps D to adapter_size, and up_proj maps back."""
     def __init__(self, config: Config):
         super().__init__()
         D = config.hidden_size
@@ -260,9 +261,9 @@ class Adapter(nn.Module):
 
 
 # "learned": a token takes the full path if its gate is above the threshold. "full": all tokens run
-# the pre-trained layer. To use another rule, give the model a function (layer_index, gate) -> kept,
-# such as lambda layer_index, gate: gate > 0.7, which replaces the comparison. It gets the layer's
-# index among all and the rounded gates (B, T). It returns a bool tensor that broadcasts to (B, T).
+# the pre-trained layer. To use another rule, pass a function (layer_index, gate) -> kept as route,
+# such as lambda layer_index, gate: gate > 0.7, which replaces the comparison. layer_index counts
+# all layers, and gate (B, T) is rounded. kept is a bool tensor that broadcasts to (B, T).
 Route = str | Callable[[int, Tensor], Tensor]
 # Hidden states (B, T, D), gates (B, T), float32, and kept (B, T), bool, or None without a decision.
 Routed = tuple[Tensor, Tensor | None, Tensor | None]
@@ -450,7 +451,7 @@ class FlexiDepth(nn.Module):
             routing_layers=list(routing_layers or layers) or None,
             router_size=sizes.get("router_norm"),
             adapter_size=sizes.get("down_proj"),
-            # If the file holds a head, it is used, even if config.json says that it is tied.
+            # If the checkpoint holds a head, it is used, even if config.json says that it is tied.
             tie_word_embeddings=False if "lm_head.weight" in tensors else None)
         with torch.device("meta"):  # shapes without memory; the weights are assigned to them
             model = cls(config)
@@ -689,7 +690,8 @@ PRE_TOKENIZERS = {
     DIGIT_SPLIT: [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
 }
 # The marks that a format's template may hold, of which the first has to be there, and a pattern
-# that it must not match. Llama 3 strips contents. ChatML does not, and a newline ends each message.
+# that must not be found. Llama 3's template has to strip contents. ChatML's must not, nor may it
+# begin with a token of its own, and it has to end each message with a newline.
 CHAT_FORMATS = {
     "llama3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>",
                 "<|eom_id|>", "<|python_tag|>"], r"(?s)\A(?!.*trim)"),
@@ -724,8 +726,8 @@ def byte_characters() -> dict[str, int]:
 
 
 def read_tokenizer_json(file: Path) -> tuple[dict, dict, str]:
-    """The same of a tokenizer.json. Raises ValueError for other kinds than Llama 3's and SmolLM2's,
-    because its ids could be wrong."""
+    """The same things of a tokenizer.json. Raises ValueError for other kinds than Llama 3's and
+    SmolLM2's, because its ids could be wrong."""
     raw = read_json(file)
     try:
         model = raw["model"]
@@ -766,7 +768,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def find_chat_format(template: str | None, special: dict[str, int]) -> str | None:
-    """The name of the format, None if that is not sure. Special tokens tell if no template does."""
+    """The one format that fits the template, or else the special tokens. None if that is unsure."""
     found = set(re.findall(r"<[|/]?\w+\|?>", template or ""))
     fitting = []
     for name, (marks, excluded) in CHAT_FORMATS.items():
@@ -849,8 +851,8 @@ class Tokenizer:
                          "it can only continue plain text (sample.py --raw, rows of text)")
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-        """Token ids of messages, and of the header of an answer. Matches the folder's chat
-        template, except that no default system message or date is inserted."""
+        """Token ids of messages, and with add_generation_prompt of the header of an answer. Matches
+        the folder's template, except that no default system message or date is inserted."""
         ids = list(self.begin_chat)
         for message in messages:
             ids += sum(self.encode_message(message), [])
@@ -873,9 +875,9 @@ class Tokenizer:
 
 # ---- Compiled decoding ---------------------------------------------------------------------------
 def compile_decode(model: FlexiDepth) -> None:
-    """Let torch.compile make the code that `generate` runs for one token at a time, B = T = 1. All
-    else still runs the layers above. It needs a C++ compiler, on a GPU Triton, and some seconds at
-    first. Such code adds in another order, so the last bits change. Call it once for a model."""
+    """Let torch.compile make the head, and the layers' code for one token at a time, B = T = 1. All
+    else still runs the layers above. It needs a C++ compiler, and Triton on a GPU. Such code adds
+    in another order, so the last bits change. Call it once for a model."""
     compiled = torch.compile(decode_layer)
 
     def forward(layer, eager, x, rotation, cache, route):

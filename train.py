@@ -52,23 +52,23 @@ TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 # clip is the largest norm of the gradients, and 0 means no clipping. The other two are ours and not
 # the paper's. With towards_base, L_lm is the divergence (KL) from the base's own prediction of the
 # next token. With both_paths, gates also learn from the path that was not taken.
+# Only the recipe "paper" is the paper's. It was made for Llama-3-8B-Instruct.
+PAPER = dict(alpha=1e-3, lr=1e-4, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
+             answers_only=False, beta2=0.999, clip=0.0, towards_base=False, both_paths=False)
 RECIPES = {
-    # The paper's, for Llama-3-8B-Instruct.
-    "paper": dict(alpha=1e-3, lr=1e-4, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
-                  answers_only=False, beta2=0.999, clip=0.0, towards_base=False, both_paths=False),
+    "paper": PAPER,
+    # The first of the two stages that made the released weights. For the second, add --alpha 1e-5
+    # and --flexidepth with the first one's --out.
+    "released": PAPER | dict(alpha=1e-4, epochs=1.0, batch_size=32, beta2=0.95, clip=1.0),
     # For a small real model, such as SmolLM2-135M, on a laptop.
-    "smol": dict(alpha=2e-3, lr=2e-3, epochs=0.34, batch_size=8, micro_batch_size=2, seq_len=256,
-                 answers_only=False, beta2=0.999, clip=0.0, towards_base=True, both_paths=True),
+    "smol": PAPER | dict(alpha=2e-3, lr=2e-3, epochs=0.18, batch_size=8, micro_batch_size=2,
+                         seq_len=256, towards_base=True, both_paths=True),
     # For tests/tiny-llama.
-    "tiny": dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
-                 seq_len=256, answers_only=True, beta2=0.999, clip=0.0, towards_base=False,
-                 both_paths=False),
+    "tiny": PAPER | dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
+                         seq_len=256, answers_only=True),
 }
-# The first of the two stages that made the released weights. For the second, add --alpha 1e-5 and
-# --flexidepth with the first one's --out.
-RECIPES["released"] = RECIPES["paper"] | dict(
-    alpha=1e-4, epochs=1.0, batch_size=32, beta2=0.95, clip=1.0)
-# These settings may differ when a run goes on. They change the result only by rounding.
+# These settings, and the number of processes, may differ after --resume. They change what is
+# trained only by rounding.
 FREE = ("out", "valid", "resume", "device", "save_every", "micro_batch_size",
         "checkpoint_activations")
 
@@ -109,11 +109,12 @@ def parse_args() -> argparse.Namespace:
             setattr(args, name, value)
     if min(args.batch_size, args.micro_batch_size, args.save_every) < 1:
         parser.error("--batch-size, --micro-batch-size and --save-every have to be at least 1")
-    if not 0 <= min(args.alpha, args.lr, args.epochs, args.steps or 0) < math.inf:
-        parser.error("--alpha, --lr, --epochs and --steps can't be negative")
+    numbers = (args.alpha, args.lr, args.epochs, args.steps or 0)
+    if not all(0 <= number < math.inf for number in numbers):
+        parser.error("--alpha, --lr, --epochs and --steps have to be numbers from 0 on")
     if (args.out / "train.json").exists() or (args.out.exists() and not args.resume):
         parser.error(f"{args.out} exists; give another --out, or --resume if its run has not ended")
-    # With smaller micro-batches, every process has one.
+    # Small enough that every process has a micro-batch, if the batch has so many rows.
     args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // WORLD))
     return args
 
@@ -249,7 +250,7 @@ def evaluate(model: FlexiDepth, rows: list[Row], args: argparse.Namespace) -> di
     base_loss, loss      cross-entropy of the base and of FlexiDepth
     same                 share of tokens for which both find the same token likeliest
     base_exact, exact    share of rows in which every token that counts is the likeliest one. If one
-                         answer counts in a row, then greedy decoding gives just this answer
+                         answer counts in a row, greedy decoding then gives just this answer
     layers               mean depth: the number of layers that a token runs, plain ones too"""
     totals = defaultdict(Counter)
     for start in range(0, len(rows), args.micro_batch_size):
@@ -329,7 +330,7 @@ def main() -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in trained.values():
         p.data = p.data.float()  # bfloat16 would lose small updates
-        p.grad = torch.zeros_like(p)  # in a step it may get none, and all_reduce needs a tensor
+        p.grad = torch.zeros_like(p)  # all_reduce needs one, even if no token took its path
         if WORLD > 1:
             dist.broadcast(p.data, src=0)
     optimizer = torch.optim.AdamW(
@@ -367,8 +368,8 @@ def main() -> None:
         dist.broadcast_object_list(saved)
     for name, value in saved[0]["run"].items():
         if run.get(name) != value:
-            raise ValueError(f"{args.out} is of another run, or of another process's: its {name} "
-                             f"was {value:.60}, here it is {str(run.get(name)):.60}")
+            raise ValueError(f"{args.out} is of another run, or of another process: its {name} was "
+                             f"{value:.60}, here it is {str(run.get(name)):.60}")
     begin = saved[0]["step"]
     if begin:
         model.load_state_dict(saved[0]["trained"], strict=False)
