@@ -61,7 +61,7 @@ RECIPES = {
     # and --flexidepth with the first one's --out.
     "released": PAPER | dict(alpha=1e-4, epochs=1.0, batch_size=32, beta2=0.95, clip=1.0),
     # For a small real model, such as SmolLM2-135M, on a laptop.
-    "smol": PAPER | dict(alpha=2e-3, lr=2e-3, epochs=0.18, batch_size=8, micro_batch_size=2,
+    "smol": PAPER | dict(alpha=3.5e-3, lr=2e-3, epochs=0.176, batch_size=8, micro_batch_size=2,
                          seq_len=256, towards_base=True, both_paths=True),
     # For tests/tiny-llama.
     "tiny": PAPER | dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
