@@ -14,21 +14,15 @@ data holds the held-out rows. The folder --out, which all machines of a run have
     metrics.jsonl             a line a step; steps that were run again after a stop have two
     checkpoint.pt             for --resume; it is deleted when the run has ended
 
-The loss is L_lm + alpha * L_skip. L_lm is the mean cross-entropy of the next tokens that count,
-which may be those of answers alone. L_skip is the mean over all tokens of (the sum of the token's
-gates)², and alpha is the price of depth. flexidepth.py has the equations.
-
 One step: the rows of a batch are sorted by length and cut into micro-batches, which are dealt out
 to the processes. Each process holds the whole model and adds up the gradients of its micro-batches.
 Then the gradients of all processes are added, and AdamW moves the routers and adapters. Losses are
-divided by the numbers of tokens in the whole batch, so that the gradients are the same however the
-batch was cut (up to rounding).
+divided by the numbers of tokens in the whole batch, so gradients do not depend on how it is cut.
 """
 import argparse
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections import Counter, defaultdict
@@ -36,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -48,33 +43,47 @@ from flexidepth import (
     FlexiDepth, Output, Route, Tokenizer, find_path, layers_used, skip_loss, whole_file)
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
-# A recipe holds the defaults of options, and four settings that have no option. beta2 is AdamW's.
-# clip is the largest norm of the gradients, and 0 means no clipping. The other two are ours and not
-# the paper's. With towards_base, L_lm is the divergence (KL) from the base's own prediction of the
-# next token. With both_paths, gates also learn from the path that was not taken.
-# Only the recipe "paper" is the paper's. It was made for Llama-3-8B-Instruct.
-PAPER = dict(alpha=1e-3, lr=1e-4, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
-             answers_only=False, beta2=0.999, clip=0.0, towards_base=False, both_paths=False)
+# A recipe holds the defaults of options, and four settings that have no option. This one is the
+# paper's, for Llama-3-8B-Instruct.
+PAPER = dict(
+    alpha=1e-3, lr=1e-4, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
+    answers_only=False,
+    beta2=0.999,         # AdamW's
+    clip=0.0,            # the largest norm of the gradients; 0 means no clipping
+    towards_base=False,  # ours: L_lm is the divergence (KL) from the base's own predictions
+    both_paths=False)    # ours: gates also learn from the path that was not taken
 RECIPES = {
     "paper": PAPER,
-    # The first of the two stages that made the released weights. For the second, add --alpha 1e-5
-    # and --flexidepth with the first one's --out.
+    # The first stage of the released weights. The second adds --alpha 1e-5 --flexidepth FIRST_OUT.
     "released": PAPER | dict(alpha=1e-4, epochs=1.0, batch_size=32, beta2=0.95, clip=1.0),
     # For a small real model, such as SmolLM2-135M, on a laptop.
     "smol": PAPER | dict(alpha=3.5e-3, lr=2e-3, epochs=0.176, batch_size=8, micro_batch_size=2,
                          seq_len=256, towards_base=True, both_paths=True),
-    # For tests/tiny-llama.
     "tiny": PAPER | dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
                          seq_len=256, answers_only=True),
 }
-# These settings, and the number of processes, may differ after --resume. They change what is
-# trained only by rounding.
+# What may differ after --resume, as may the number of processes. It changes results by rounding.
 FREE = ("out", "valid", "resume", "device", "save_every", "micro_batch_size",
         "checkpoint_activations")
-
 # torchrun tells each process its place.
 WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
+
+
+def path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def non_negative(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -90,43 +99,25 @@ def parse_args() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
     add("--seed", type=int, default=0, help="of new routers and of the order of rows (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
-    add("--save-every", type=int, default=200, help="steps between checkpoints (200)")
+    add("--save-every", type=positive_int, default=200, help="steps between checkpoints (200)")
     add("--checkpoint-activations", action="store_true", help="less memory for more time")
     add("--recipe", choices=RECIPES, help="defaults of what follows (default: tiny or paper)")
-    add("--alpha", type=float, help="price of depth, the weight of L_skip")
-    add("--lr", type=float, help="peak learning rate")
-    add("--epochs", type=float, help="passes over the data; 0 trains nothing, but evaluates")
-    add("--steps", type=int, help="optimiser steps, in place of --epochs")
-    add("--batch-size", type=int, help="rows a step, of all processes together")
-    add("--micro-batch-size", type=int, help="rows on a device at a time")
-    add("--seq-len", type=int, help="longer rows, in tokens, are left out")
+    add("--alpha", type=non_negative, help="price of depth, the weight of L_skip")
+    add("--lr", type=non_negative, help="peak learning rate")
+    add("--epochs", type=non_negative, help="passes over the data; 0 trains nothing, but evaluates")
+    add("--steps", type=positive_int, help="optimiser steps, in place of --epochs")
+    add("--batch-size", type=positive_int, help="rows a step, of all processes together")
+    add("--micro-batch-size", type=positive_int, help="rows on a device at a time")
+    add("--seq-len", type=positive_int, help="longer rows, in tokens, are left out")
     add("--answers-only", action=argparse.BooleanOptionalAction, help="L_lm on answers alone")
     args = parser.parse_args()
 
-    args.recipe = args.recipe or ("tiny" if Path(args.model).resolve() == TINY else "paper")
-    for name, value in RECIPES[args.recipe].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if min(args.batch_size, args.micro_batch_size, args.save_every) < 1:
-        parser.error("--batch-size, --micro-batch-size and --save-every have to be at least 1")
-    numbers = (args.alpha, args.lr, args.epochs, args.steps or 0)
-    if not all(0 <= number < math.inf for number in numbers):
-        parser.error("--alpha, --lr, --epochs and --steps have to be numbers from 0 on")
+    recipe = args.recipe or ("tiny" if Path(args.model).resolve() == TINY else "paper")
+    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
+    args = parser.parse_args()
     if (args.out / "train.json").exists() or (args.out.exists() and not args.resume):
         parser.error(f"{args.out} exists; give another --out, or --resume if its run has not ended")
-    # Small enough that every process has a micro-batch, if the batch has so many rows.
-    args.micro_batch_size = min(args.micro_batch_size, max(1, args.batch_size // WORLD))
     return args
-
-
-def path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def print0(text: str) -> None:
-    """Print once, however many processes there are."""
-    if RANK == 0:
-        print(text, flush=True)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -138,8 +129,7 @@ class Row:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[str, dict]]:
-    """Yield the place and the object of each line of a JSONL file. Raises ValueError, with the
-    place, if a line is not an object."""
+    """Yield the place and the object of each line. Raises ValueError if a line is not an object."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file}, line {number}"
@@ -173,8 +163,7 @@ def tokenize(row: dict, tokenizer: Tokenizer, answers_only: bool) -> Row:
             if role not in ("system", "user", "assistant", "tool"):
                 raise ValueError(f"unknown role {role!r}; expected system, user, assistant or tool")
             header, said, rest = tokenizer.encode_message(message)
-            answer = role == "assistant"
-            for part, is_answer in ((header, False), (said, answer), (rest, False)):
+            for part, is_answer in ((header, False), (said, role == "assistant"), (rest, False)):
                 counts = message.get("weight") != 0 and (is_answer or not answers_only)
                 ids += part
                 targets += part if counts else [-100] * len(part)
@@ -205,16 +194,15 @@ def load_rows(file: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> lis
             left_out["rows without a token that counts"] += 1
         else:
             rows.append(row)
-    print0(f"{file}: {len(rows)} rows")
+    print(f"{file}: {len(rows)} rows")
     for reason, count in left_out.items():
-        print0(f"left out {count} {reason}")
+        print(f"left out {count} {reason}")
     return rows
 
 
 def plan_batches(count: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:
-    """The numbers of every step's rows, out of `count`. They depend on the arguments alone, so that
-    a run can go on anywhere. Each epoch has an order of its own. Rows that do not fill its last
-    batch are left for other epochs."""
+    """The numbers of every step's rows, out of `count`, by the arguments alone. Each epoch has an
+    order of its own. Rows that do not fill its last batch are left for other epochs."""
     generator = torch.Generator().manual_seed(seed)
     plan = []
     while len(plan) < steps:
@@ -224,14 +212,13 @@ def plan_batches(count: int, steps: int, batch_size: int, seed: int) -> list[lis
 
 
 def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as padded tensors (B, T): input_ids; targets, which are the next tokens, or -100 where
-    they do not count in L_lm; and real, bool, True where a row has a next token. Padding is at the
-    end of a row, where no real token can attend to it."""
+    """Rows as tensors (B, T): input_ids; targets, which are the next tokens, or -100 where they do
+    not count; and real, bool, False at padding. It is at the end, where no token attends to it."""
     ids = pad_sequence([row.ids for row in rows], batch_first=True, padding_value=-1)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=-100)
-    real = ids[:, 1:] >= 0
-    input_ids = ids[:, :-1].clamp(min=0)
-    return input_ids.to(device), targets[:, 1:].to(device), real.to(device)
+    ids = ids.to(device)
+    targets = targets.to(device)
+    return ids[:, :-1].clamp(min=0), targets[:, 1:], ids[:, 1:] >= 0
 
 
 # ---- Predictions ---------------------------------------------------------------------------------
@@ -249,8 +236,7 @@ def evaluate(model: FlexiDepth, rows: list[Row], args: argparse.Namespace) -> di
 
     base_loss, loss      cross-entropy of the base and of FlexiDepth
     same                 share of tokens for which both find the same token likeliest
-    base_exact, exact    share of rows in which every token that counts is the likeliest one. If one
-                         answer counts in a row, greedy decoding then gives just this answer
+    base_exact, exact    share of rows in which every token that counts is the likeliest one
     layers               mean depth: the number of layers that a token runs, plain ones too"""
     totals = defaultdict(Counter)
     for start in range(0, len(rows), args.micro_batch_size):
@@ -287,14 +273,14 @@ COLUMNS = {"rows": "12.0f", "base_loss": "12.4f", "loss": "12.4f", "same": "12.1
 
 def print_table(table: dict[str, dict], num_layers: int) -> None:
     """What `evaluate` found, lowest depth first, and the mean over tasks."""
-    mean = {name: sum(line[name] for line in table.values()) / len(table) for name in COLUMNS}
+    mean = {name: fmean(line[name] for line in table.values()) for name in COLUMNS}
     lines = sorted(table.items(), key=lambda item: item[1]["layers"])
     width = max(len("task mean"), *map(len, table))
-    print0(f"\n{'task':{width}}" + "".join(f"{name:>12}" for name in COLUMNS))
+    print(f"\n{'task':{width}}" + "".join(f"{name:>12}" for name in COLUMNS))
     for task, line in [*lines, ("task mean", mean)]:
         cells = [f"{line[name]:{form}}" for name, form in COLUMNS.items()]
-        print0(f"{task:{width}}{''.join(cells)}")
-    print0(f"{1 - mean['layers'] / num_layers:.1%} of all layers skipped")
+        print(f"{task:{width}}{''.join(cells)}")
+    print(f"{1 - mean['layers'] / num_layers:.1%} of all layers skipped")
 
 
 def load_checkpoint(file: Path) -> dict:
@@ -309,18 +295,17 @@ def load_checkpoint(file: Path) -> dict:
 # ---- Training ------------------------------------------------------------------------------------
 def main() -> None:
     args = parse_args()
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
-        sys.stdout.reconfigure(errors="replace")
     torch.manual_seed(args.seed)
     if WORLD > 1:
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # the first process prints for all
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group()
 
     dtype = torch.float32 if args.device == "cpu" else None
-    model = FlexiDepth.from_pretrained(
-        args.model, args.flexidepth, device=args.device, dtype=dtype)
+    model = FlexiDepth.from_pretrained(args.model, args.flexidepth, device=args.device, dtype=dtype)
     model.train(args.both_paths)  # it means nothing else, as there is no dropout
     config = model.config
     if args.checkpoint_activations:
@@ -346,18 +331,15 @@ def main() -> None:
     rows = load_rows(data, tokenizer, args)
     held_out = load_rows(args.valid, tokenizer, args) if args.valid else []
     if len(rows) < args.batch_size:
-        raise ValueError(f"{data}: {len(rows)} rows to use, fewer than --batch-size "
-                         f"{args.batch_size}")
-    steps = args.steps
-    if steps is None:
-        steps = math.ceil(args.epochs * (len(rows) // args.batch_size))
+        raise ValueError(f"{data}: {len(rows)} rows to use; --batch-size has to be smaller")
+    steps = args.steps or math.ceil(args.epochs * (len(rows) // args.batch_size))
     plan = plan_batches(len(rows), steps, args.batch_size, args.seed)
 
     # What has to be the same in all processes, and in a run that goes on.
     run = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    run["model"] = str(find_path(args.model).resolve())
     run["config"] = str(config)
-    run["data"] = f"{len(rows)} rows of {sum(len(row.ids) for row in rows)} tokens"
+    tokens = sum(len(row.ids) for row in rows)
+    run["data"] = f"{len(rows)} rows of {tokens} tokens"
     saved = [{"run": run, "step": 0}]
     checkpoint_file = args.out / "checkpoint.pt"
     if RANK == 0:
@@ -374,8 +356,8 @@ def main() -> None:
     if begin:
         model.load_state_dict(saved[0]["trained"], strict=False)
         optimizer.load_state_dict(saved[0]["optimizer"])
-    print0(f"{args.model}: recipe {args.recipe}, routed layers {config.routing_layers} of "
-           f"{config.num_hidden_layers}, steps {begin + 1} to {steps}")
+    print(f"{args.model}: recipe {args.recipe}, routed layers {config.routing_layers} of "
+          f"{config.num_hidden_layers}, steps {begin + 1} to {steps}")
 
     started = time.time()
     for step in range(begin + 1, steps + 1):
@@ -385,14 +367,15 @@ def main() -> None:
         optimizer.param_groups[0]["lr"] = lr
 
         # Rows of like length share a micro-batch. Each process takes every WORLD-th one.
-        batch = sorted([rows[i] for i in plan[step - 1]], key=lambda row: len(row.ids))
-        size = args.micro_batch_size
-        micro_batches = [batch[i:i + size] for i in range(0, len(batch), size)][RANK::WORLD]
+        batch = [rows[i] for i in plan[step - 1]]
+        batch.sort(key=lambda row: len(row.ids))
+        starts = range(0, len(batch), args.micro_batch_size)[RANK::WORLD]
         # A micro-batch adds its sums, divided by the numbers of tokens in the whole batch.
         real_tokens = sum(len(row.ids) - 1 for row in batch)
         counted_tokens = sum((row.targets[1:] != -100).sum().item() for row in batch)
-        figures = torch.zeros(2 + len(config.routing_layers), device=args.device)
-        for micro_batch in micro_batches:
+        figures = torch.zeros(3, device=args.device)  # L_lm, L_skip, mean depth
+        for start in starts:
+            micro_batch = batch[start:start + args.micro_batch_size]
             input_ids, targets, real = collate(micro_batch, args.device)
             counted = targets != -100
             logits, gates, kept = predict(model, input_ids)
@@ -407,14 +390,15 @@ def main() -> None:
             lm_loss = loss / counted_tokens                                # its part of L_lm
             gate_loss = skip_loss(gates, real) * real.sum() / real_tokens  # its part of L_skip
             (lm_loss + args.alpha * gate_loss).backward()
-            shares = kept[real].sum(0) / real_tokens                              # (R,)
-            figures += torch.stack([lm_loss, gate_loss, *shares]).detach()
+            depth = layers_used(kept[real], config).sum() / real_tokens
+            figures += torch.stack([lm_loss, gate_loss, depth]).detach()
         if WORLD > 1:
             for tensor in (figures, *(p.grad for p in trained.values())):
                 dist.all_reduce(tensor)
 
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        lm, skip, *kept_shares = figures.tolist()
+        clip = args.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).item()
+        lm, skip, layers = figures.tolist()
         if not math.isfinite(lm + skip + norm):
             advice = "a lower --lr may help, in a new --out"
             input_ids, _, _ = collate(batch[:1], args.device)
@@ -424,11 +408,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-        # The mean depth of all tokens. The table has that of the tokens that count.
-        layers = config.num_hidden_layers - len(kept_shares) + sum(kept_shares)
         if RANK == 0:
             note = {"step": step, "lm_loss": lm, "skip_loss": skip, "layers": layers,
-                    "kept": kept_shares, "grad_norm": norm, "lr": lr}
+                    "grad_norm": norm, "lr": lr}
             with open(args.out / "metrics.jsonl", "a") as file:
                 print(json.dumps(note), file=file)
             if step % args.save_every == 0 or step == steps:
@@ -436,10 +418,8 @@ def main() -> None:
                     torch.save({"step": step, "run": run, "trained": trained,
                                 "optimizer": optimizer.state_dict()}, temporary)
         if step % max(1, steps // 50) == 0 or step in (1, steps):
-            left = (time.time() - started) / (step - begin) * (steps - step)
-            bars = ["▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for share in kept_shares]
-            print0(f"step {step}/{steps}  loss {lm:.4f}  skip loss {skip:.3f}  layers used "
-                   f"{layers:.2f} {''.join(bars)}  {left:.0f} s left")
+            print(f"step {step}/{steps}  loss {lm:.4f}  skip loss {skip:.3f}  "
+                  f"layers used {layers:.2f}  {time.time() - started:.0f} s", flush=True)
 
     # The gates are written before the table is made, which may take long.
     if RANK == 0:
@@ -453,8 +433,7 @@ def main() -> None:
         with whole_file(args.out / "train.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
         checkpoint_file.unlink(missing_ok=True)
-    print0(f"wrote {args.out}; see it at work:\npython sample.py --show-depth --model "
-           f"{shlex.quote(args.model)} --flexidepth {shlex.quote(str(args.out))}")
+    print(f"wrote {args.out}; sample.py --show-depth --flexidepth {args.out} shows it at work")
     if WORLD > 1:
         dist.destroy_process_group()
 
