@@ -31,13 +31,9 @@ even if all its gates are above 0.5. With route="full" (the default is "learned"
 adapters are bypassed, which gives exactly the pre-trained model.
 
 The factor does not tell a router whether the other path would have been better. After model.train()
-both paths are computed for every token, and g also gets the gradient that it would have in
-g * full + (1 - g) * skip, with the outputs of the two paths, full and skip, held constant. Values
-stay the same. This is ours: the paper trains without it, as does a model in evaluation mode, which
-is a model's mode when it is made.
-
-L_skip takes the gate in float32. The decision and the factors use it as rounded to the base's
-dtype, in training as in use, so that both decide alike.
+both paths are computed for every token. Values stay the same, but g also gets the gradient that it
+would have in g * full + (1 - g) * skip, with full and skip, the outputs of the two paths, held
+constant. This is ours. In evaluation mode, the mode of a new model, gates learn as in the paper.
 
 Letters in shapes: B batch, T new tokens of a row, S cached and new tokens, N tokens of one path; D
 hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; R layers with a router.
@@ -111,8 +107,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # The steps of the released model. F.rms_norm may differ in the last bit, which can flip the
-        # decision of a gate that is close to the threshold.
+        # F.rms_norm may differ in the last bit, which can flip a decision close to the threshold.
         mean_square = x.float().pow(2).mean(-1, keepdim=True)
         normed = x.float() * torch.rsqrt(mean_square + self.eps)
         # A router's weight is float32 in training. It is rounded here as it will be in use.
@@ -188,16 +183,15 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, k: Tensor, v: Tensor, rotation: Rotation,
                 places: Tensor | None = None) -> Tensor:
-        """Second step: the tokens h (B, T, D) attend causally to k and v (B, K, S, d) -> (B, T, D).
-        With places (N,), only the tokens at these places among the B * T do, and the result is
-        (N, D)."""
+        """Second step: tokens h (B, T, D) attend causally to k and v (B, K, S, d) -> (B, T, D).
+        With places (N,), only the tokens at these of the B * T places do -> (N, D)."""
         B, T, _ = h.shape
         _, K, S, d = k.shape
         if places is None:
             q = self.q_proj(h)
         else:
-            # Attention is computed at every place, because that is faster than with a mask. Tokens
-            # that skip get zeros: NaNs from unused memory would spoil the gradients of k and v.
+            # Attention is computed at every place, because that is faster than with a mask. The
+            # others get zeros: NaNs from unused memory would spoil the gradients of k and v.
             queries = self.q_proj(h.flatten(0, 1)[places])                        # (N, H * d)
             q = queries.new_zeros(B * T, queries.shape[-1])
             q = q.index_copy(0, places, queries).unflatten(0, (B, T))
@@ -247,8 +241,7 @@ class Router(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A skipping token runs it in place of the mlp, which by default is 16 times as wide. As in the
-    released weights, down_proj maps D to adapter_size, and up_proj maps back."""
+    """As in the released weights, down_proj maps D to adapter_size, and up_proj maps back."""
     def __init__(self, config: Config):
         super().__init__()
         D = config.hidden_size
@@ -313,34 +306,33 @@ class DecoderLayer(nn.Module):
             k, v = cache.update(self.index, k, v)
 
         if self.router is None or route == "full":  # the pre-trained layer: as if g were 1
-            return self.full_path(x, 1.0, self.self_attn(h, k, v, rotation)), None, None
+            attended = self.self_attn(h, k, v, rotation)
+            return self.full_path(x, 1.0, attended), None, None
 
         gate, kept = self.decide(h, route)
         g = gate.to(x.dtype)[..., None]                                           # (B, T, 1)
         if self.training:
-            full = self.full_path(x, g, self.self_attn(h, k, v, rotation))
+            attended = self.self_attn(h, k, v, rotation)
+            full = self.full_path(x, g, attended)
             skip = self.skip_path(x, g)
-            # The second term is 0. Its gradient tells the gate how the two paths differ.
-            x = torch.where(kept[..., None], full, skip) + (g - g.detach()) * (full - skip).detach()
-            return x, gate, kept
+            out = torch.where(kept[..., None], full, skip)
+            # The added term is 0. Its gradient tells the gate how the two paths differ.
+            return out + (g - g.detach()) * (full - skip).detach(), gate, kept
 
         N = int(kept.sum())  # tokens on the full path; here the CPU waits for the GPU
         # If all tokens take one path, as a lone token does, the weights of the other are not read.
         if N == 0:
             return self.skip_path(x, g), gate, kept
         if N == kept.numel():
-            return self.full_path(x, g, self.self_attn(h, k, v, rotation)), gate, kept
+            attended = self.self_attn(h, k, v, rotation)
+            return self.full_path(x, g, attended), gate, kept
 
-        # Else the tokens of each path are gathered, and their results put back in place.
-        flat = kept.flatten()                                                     # (B * T,)
-        full = flat.nonzero_static(size=N)[:, 0]                                  # (N,)
-        skip = (~flat).nonzero_static(size=len(flat) - N)[:, 0]                   # (B * T - N,)
-        attended = self.self_attn(h, k, v, rotation, places=full)                 # (N, D)
-        tokens = x.flatten(0, 1)                                                  # (B * T, D)
-        g = g.flatten(0, 1)                                                       # (B * T, 1)
-        out = torch.empty_like(tokens)
-        out[full] = self.full_path(tokens[full], g[full], attended)
-        out[skip] = self.skip_path(tokens[skip], g[skip])
+        # Else all tokens run the adapter, which is small, and the full path's results replace some.
+        places = kept.flatten().nonzero_static(size=N)[:, 0]                      # (N,)
+        attended = self.self_attn(h, k, v, rotation, places)                      # (N, D)
+        tokens = x.flatten(0, 1)[places]                                          # (N, D)
+        out = self.skip_path(x, g).flatten(0, 1)                                  # (B * T, D)
+        out[places] = self.full_path(tokens, g.flatten(0, 1)[places], attended)
         return out.view_as(x), gate, kept
 
 
@@ -388,7 +380,6 @@ class FlexiDepth(nn.Module):
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, route: Route = "learned",
                 last_only: bool = False) -> Output:
         """Logits, gates and decisions for input_ids (B, T), int64, padded (if at all) at the end.
-
         cache: holds the rows' earlier tokens, and takes these. last_only: logits of the last
         position alone, (B, 1, V). Raises ValueError if there is no room for the tokens."""
         start = cache.length if cache else 0
@@ -410,11 +401,13 @@ class FlexiDepth(nn.Module):
                 decisions.append(kept)
         if cache:
             cache.length = end
-        x = x[:, -1:] if last_only else x
+        if last_only:
+            x = x[:, -1:]
         logits = self.lm_head(self.model.norm(x))
         if not gates:
             return Output(logits, None, None)
-        return Output(logits, torch.stack(gates, -1), torch.stack(decisions, -1))
+        gates = torch.stack(gates, -1)                                            # (B, T, R)
+        return Output(logits, gates, torch.stack(decisions, -1))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, flexidepth: str | Path | None = None,
@@ -427,21 +420,20 @@ class FlexiDepth(nn.Module):
         routing_layers, which default to those of config.json or to the latter half. dtype: defaults
         to that of the checkpoint's largest tensor. Raises FileNotFoundError or ValueError if a file
         is missing, broken or does not fit."""
-        torch.empty(0, device=device)  # raises torch's own error if there is no such device
         trained = {}
         if flexidepth is not None:
             source = find_path(flexidepth)
             if (source / "flexidepth.safetensors").is_file():
                 source = source / "flexidepth.safetensors"
-            trained = trained_part(read_tensors(source, device))
+            trained = trained_part(read_tensors(source))
             if not trained:
                 raise ValueError(f"{source}: no routers and adapters; train.py makes them")
         folder = find_path(path)
-        tensors = read_tensors(folder, device)
+        tensors = read_tensors(folder)
         own = trained_part(tensors)
-        trained = trained or own
-        for name in own.keys() - trained.keys():
+        for name in own:
             del tensors[name]
+        trained = trained or own
 
         # The tensors themselves say which layers have a router, and how wide its parts are.
         layers = {int(name.split(".")[2]) for name in trained}  # model.layers.N. ...
@@ -519,12 +511,10 @@ def sample(logits: Tensor, temperature: float, top_p: float,
            generator: torch.Generator | None = None) -> Tensor:
     """Tokens (B,) of logits (B, V): the likeliest ones at temperature 0, else drawn from the
     nucleus top_p by a CPU generator, by default torch's global one."""
-    if temperature == 0:
+    if temperature < 1e-9:  # division by it could overflow
         return logits.argmax(-1)
-    # On the CPU, so that a seed gives the same text on every device. In float64 and with their
-    # maximum at 0, as a tiny temperature would divide float32 logits to infinity.
-    scores = logits.cpu().double()
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    # On the CPU, so that a seed gives the same text on every device.
+    scores = logits.cpu().double() / temperature
     probs, ids = scores.softmax(-1).sort(descending=True)
     before = probs.cumsum(-1) - probs
     probs[before >= top_p] = 0  # the likeliest token always stays
@@ -536,18 +526,17 @@ def sample(logits: Tensor, temperature: float, top_p: float,
 def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, generator: torch.Generator | None = None,
              stop_ids: Iterable[int] = (), route: Route = "learned") -> Iterator[Step]:
-    """Yield a Step for each new token after prompts (B, T), int64, of one length.
-
-    Stops when every row has produced a token of stop_ids, after max_new_tokens, or at the end of
-    the context. Ignore what a row yields after its own stop token. Raises ValueError if an argument
-    is wrong, or the logits are no longer finite."""
+    """Yield a Step for each new token after prompts (B, T), int64, of one length, until every row
+    has produced a token of stop_ids, or the context is full. Ignore what a row yields after its own
+    stop token. Raises ValueError if an argument is wrong, or the logits are no longer finite."""
     B, T = input_ids.shape
     if not (T > 0 and temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"{T} tokens, temperature {temperature}, top_p {top_p}; expected at least "
                          "1, at least 0, and above 0 up to 1")
     context = model.config.max_position_embeddings
     words = model.model.embed_tokens.weight
-    cache = KVCache(model.config, B, min(T + max_new_tokens, context), words.device, words.dtype)
+    length = min(T + max_new_tokens, context)
+    cache = KVCache(model.config, B, length, words.device, words.dtype)
     stops = torch.tensor([*stop_ids], dtype=torch.int64, device=words.device)
     ended = torch.zeros(B, dtype=torch.bool, device=words.device)
     input_ids = input_ids.to(words.device)
@@ -592,8 +581,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(path: Path, **overrides) -> Config:
-    """Overrides that are not None take precedence over the file. Raises ValueError for a missing
-    key or an unsupported value."""
+    """Overrides that are not None take precedence. Raises ValueError if a key is not supported."""
     raw = read_json(path)
     try:
         # Rotary settings may be in a dict of their own, of either name.
@@ -627,7 +615,7 @@ def find_path(path: str | Path) -> Path:
     return repository / "snapshots" / main.read_text().strip()
 
 
-def read_tensors(path: Path, device: str) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of the model*.safetensors in a folder, by name."""
     files = [path]
     if path.is_dir():
@@ -637,7 +625,7 @@ def read_tensors(path: Path, device: str) -> dict[str, Tensor]:
     tensors = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt", device=str(device)) as opened:
+            with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
                     if not name.endswith("rotary_emb.inv_freq"):  # old files hold what we compute
                         tensors[name] = opened.get_tensor(name)
@@ -654,8 +642,8 @@ def trained_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A temporary name to write to. The file appears under its own name only when it is complete.
-    If anything fails, an older one stays. Raises OSError if the disk is full."""
+    """A temporary name to write to. The file appears under its own name only when it is complete,
+    and replaces an older one. Raises OSError if the disk is full."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.part")
     temporary.touch()
@@ -677,8 +665,7 @@ SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_heade
            "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
 # What may end a text or an answer.
 ENDS = ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
-# How Llama 3 and SmolLM2 cut text before its bytes are merged: as a pattern for tiktoken, and as
-# the steps of a tokenizer.json.
+# How Llama 3 and SmolLM2 cut text before bytes are merged, for tiktoken and in a tokenizer.json.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 DIGIT_SPLIT = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
@@ -718,16 +705,14 @@ def read_tokenizer_model(file: Path) -> tuple[dict, dict, str]:
 
 
 def byte_characters() -> dict[str, int]:
-    """The character that stands for each byte in a tokenizer.json: printable ones for themselves,
-    the others numbered from 256 on."""
+    """Characters of a tokenizer.json as bytes: printable ones, and the others from 256 on."""
     others = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
     numbered = {chr(256 + i): byte for i, byte in enumerate(others)}
     return {chr(byte): byte for byte in range(256)} | numbered
 
 
 def read_tokenizer_json(file: Path) -> tuple[dict, dict, str]:
-    """The same things of a tokenizer.json. Raises ValueError for other kinds than Llama 3's and
-    SmolLM2's, because its ids could be wrong."""
+    """The same of a tokenizer.json. Raises ValueError if it is of neither supported kind."""
     raw = read_json(file)
     try:
         model = raw["model"]
@@ -787,8 +772,7 @@ class Tokenizer:
                  chat_template: str | None = None):
         self.special = special
         self.vocab_size = 1 + max(*ranks.values(), *special.values())
-        # SmolLM2 has no tokens for some bytes. They get ids that no model has, for tiktoken's sake,
-        # and encode drops them, as the tokenizers package does.
+        # tiktoken needs a token for each byte. Those that SmolLM2 lacks get ids that encode drops.
         lacking = {bytes([byte]): 2**30 + byte for byte in range(256)}
         self.encoding = tiktoken.Encoding(
             "flexidepth", pat_str=pattern, mergeable_ranks=lacking | ranks, special_tokens=special)
@@ -812,8 +796,7 @@ class Tokenizer:
         tokenizer = cls(*vocabulary, read_chat_template(folder))
         model_file = folder / "config.json"
         if model_file.is_file() and tokenizer.vocab_size > read_config(model_file).vocab_size:
-            raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, more than "
-                             "its model")
+            raise ValueError(f"{path}: its tokenizer has more tokens than its model")
         stops_file = folder / "generation_config.json"
         if stops_file.is_file():
             ids = read_json(stops_file).get("eos_token_id")
@@ -840,13 +823,15 @@ class Tokenizer:
             start = self.special["<|start_header_id|>"]
             end = self.special["<|end_header_id|>"]
             header = [start, *self.encode(role), end, *self.encode("\n\n")]
-            return header, [*self.encode(content.strip()), self.special["<|eot_id|>"]], []
+            said = [*self.encode(content.strip()), self.special["<|eot_id|>"]]
+            return header, said, []
         if self.chat_format == "chatml":
             # Role and content are one text. A token that holds parts of both counts as header.
             length = len(self.encode(f"{role}\n"))
             text = self.encode(f"{role}\n{content}")
             header = [self.special["<|im_start|>"], *text[:length]]
-            return header, [*text[length:], self.special["<|im_end|>"]], self.encode("\n")
+            said = [*text[length:], self.special["<|im_end|>"]]
+            return header, said, self.encode("\n")
         raise ValueError("this model has no chat format, or another one than Llama 3's or ChatML: "
                          "it can only continue plain text (sample.py --raw, rows of text)")
 
@@ -896,12 +881,11 @@ def compile_decode(model: FlexiDepth) -> None:
 
 
 class RowSums(nn.Linear):
-    """In compiled code on a CPU, the product of a lone token is a sum. The compiler turns it into
-    one pass over the weights, up to 1.9 times as fast in float32 (tests/bench/README.md)."""
+    """In compiled float32 code, the product of a lone token is a sum. On a CPU it becomes one pass
+    over the weights, up to 1.9 times as fast (tests/bench/README.md)."""
     def forward(self, x: Tensor) -> Tensor:
         lone = x.numel() == x.shape[-1] <= 2048  # more would not stay in the fastest cache
-        float32 = x.dtype == torch.float32 and x.device.type == "cpu"
-        if lone and float32 and torch.compiler.is_compiling():
+        if lone and x.dtype == torch.float32 and torch.compiler.is_compiling():
             return (self.weight * x.unsqueeze(-2)).sum(-1)
         return F.linear(x, self.weight)
 
@@ -932,4 +916,5 @@ def decode_layer(layer: DecoderLayer, x: Tensor, rotation: Rotation, keys: Tenso
         return full_path(x, h, 1.0), None, None
     gate, kept = layer.decide(h, route)
     g = gate.to(x.dtype)[..., None]                                               # (1, 1, 1)
-    return torch.cond(kept.all(), full_path, skip_path, (x, h, g)), gate, kept
+    x = torch.cond(kept.all(), full_path, skip_path, (x, h, g))
+    return x, gate, kept

@@ -333,7 +333,7 @@ def test_more_tokens_than_the_model_has(folder, write_ranks):
     """Chat tokens may have been added to a tokenizer and not to its model, where their ids end in
     an IndexError."""
     write_ranks(folder)
-    with pytest.raises(ValueError, match="512 tokens, more than its model"):
+    with pytest.raises(ValueError, match="more tokens than its model"):
         Tokenizer.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 512}))
