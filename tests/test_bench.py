@@ -32,12 +32,6 @@ def test_weights_read_for_a_token(model, share, kept):
     assert found.weight_bytes == 4 * (layers + routed + D + D * VOCAB)
 
 
-def test_weights_read_with_routing_bypassed(model):
-    """This catches routers and adapters that route="full" reads in vain."""
-    found = bench.executed(model, torch.tensor([[1]]), "full")
-    assert found.weight_bytes == 4 * (4 * (2 * D + KEYS_VALUES + FULL) + D + D * VOCAB)
-
-
 def test_products_of_a_prompt(model):
     """This catches products that the counter misses, or attention counted for keys not seen: the
     ideal of a prefill is a ratio of these FLOPs."""
@@ -56,15 +50,6 @@ def test_products_of_a_prompt(model):
     first_three = torch.arange(T) < 3
     routed = 2 * T * (KEYS_VALUES + ROUTED) + 2 * 3 * FULL + 2 * T * SKIP + attention
     assert flops(lambda layer, gate: first_three) == 2 * plain + 2 * routed + head
-
-
-def test_skipped_layers_of_the_benchmark():
-    """This catches shares that are not what the table says. The 8B's 8 skipped layers of 32 are
-    half of those routed."""
-    config = Config(**bench.SHAPES["8B"])
-    for share, skipped in ((0.0, 0), (0.25, 4), (0.5, 8), (0.75, 12), (1.0, 16)):
-        rule = bench.skipping(config, share)
-        assert sum(not rule(layer, torch.ones(1)).item() for layer in range(16, 32)) == skipped
 
 
 def test_all_rows_on_a_small_model(monkeypatch, capsys):

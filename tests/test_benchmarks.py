@@ -53,9 +53,10 @@ def folder(tmp_path, write_checkpoint, write_ranks) -> Path:
 
 
 @pytest.fixture
-def lm(folder) -> benchmarks.HarnessModel:
+def lm(folder, monkeypatch) -> benchmarks.HarnessModel:
+    monkeypatch.setattr(benchmarks, "BATCH_SIZE", 3)
     model = FlexiDepth.from_pretrained(folder)
-    return benchmarks.HarnessModel(model, Tokenizer.from_pretrained(folder), batch_size=3)
+    return benchmarks.HarnessModel(model, Tokenizer.from_pretrained(folder))
 
 
 def instances(kind: str, *args: tuple) -> list[Instance]:

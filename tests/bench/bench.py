@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -309,33 +308,18 @@ def compiled(args: argparse.Namespace) -> Iterator[str]:
     for route in ("full", "learned"):
         sides[f"plain {route}"] = partial(answer, model, prompt, args.tokens, route)
         sides[f"compiled {route}"] = partial(answer, twin, prompt, args.tokens, route)
-    others = []
     if TRANSFORMERS:
-        others.append("transformers")
         sides["transformers"] = partial(
             as_transformers(model).generate, prompt, max_new_tokens=args.tokens, do_sample=False)
-    if args.gguf:
-        others.append("llama.cpp")
-        sides["llama.cpp"] = llama_cpp(args)
 
     timed = Timed(args, sides)
     for route in ("full", "learned"):
         peers = {"not compiled": f"plain {route}"}
-        peers |= {f"{other}, which runs all": other for other in others}
+        if TRANSFORMERS:
+            peers["transformers, which runs all"] = "transformers"
         for what, peer in peers.items():
             yield beside_peer("m", f"decode, compiled, route {route}; peer: {what}", timed,
                               f"compiled {route}", peer, args.tokens)
-
-
-def llama_cpp(args: argparse.Namespace) -> Callable:
-    """A function that decodes the likeliest tokens by llama.cpp with the model of --gguf, all of it
-    on the GPU if there is one."""
-    import llama_cpp
-
-    theirs = llama_cpp.Llama(args.gguf, n_ctx=512, n_gpu_layers=-1, n_threads=1,
-                             n_threads_batch=1, verbose=False)
-    prompt = PROMPT[0].tolist()
-    return lambda: list(islice(theirs.generate(prompt, temp=0.0, repeat_penalty=1.0), args.tokens))
 
 
 SECTIONS = {"cde": decode, "f": prefill, "h": batches, "i": training, "m": compiled}
@@ -350,8 +334,6 @@ def main(argv: list[str] | None = None) -> None:
         help="the rows to run, by letter; c, d and e are measured together (default: all)")
     add("--shape", choices=SHAPES, default="1B", help="of a model with random weights (1B)")
     add("--model", help="folder or cached hub name of a real model, in place of --shape")
-    add("--gguf", help="the model as a file of llama.cpp, which row m is then compared with; takes "
-        "llama-cpp-python")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--rounds", type=int, default=5, help="in which each side runs once (5)")
     args = parser.parse_args(argv)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from flexidepth import FlexiDepth, Tokenizer, generate, layers_used  # noqa: E402
 
 ROUTES = ["full", "learned", "coin"]
+BATCH_SIZE = 16  # requests that run together
 COLUMNS = ["score", "error", "kept", "answers", "prompts", "skipped"]
 # The score of a task, if it is not the first one that the harness gives.
 SCORES = {"hellaswag": "acc_norm,none", "lambada_openai": "acc,none", "coqa": "f1,none"}
@@ -44,11 +45,10 @@ class HarnessModel(TemplateLM):
     with the number of those that belong to a prompt. Route "full" leaves it empty."""
     eot_token_id = prefix_token_id = None  # plain attributes, where the base class has properties
 
-    def __init__(self, model: FlexiDepth, tokenizer: Tokenizer, batch_size: int = 16):
+    def __init__(self, model: FlexiDepth, tokenizer: Tokenizer):
         super().__init__()
         self.model = model
         self.text = tokenizer
-        self.batch_size = batch_size
         self.max_length = model.config.max_position_embeddings
         self.eot_token_id = tokenizer.encode("", eos=True)[-1]
         self.prefix_token_id = [self.eot_token_id, *tokenizer.encode("", bos=True)][-1]
@@ -65,8 +65,8 @@ class HarnessModel(TemplateLM):
                 for _, context, answer in requests]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         results = {}
-        for start in tqdm(range(0, len(rows), self.batch_size), disable=disable_tqdm):
-            batch = order[start:start + self.batch_size]
+        for start in tqdm(range(0, len(rows), BATCH_SIZE), disable=disable_tqdm):
+            batch = order[start:start + BATCH_SIZE]
             ids = pad_sequence([rows[i] for i in batch], batch_first=True)        # (B, T + 1)
             ids = ids.to(self.model.lm_head.weight.device)
             # The head, whose vocabulary is large, runs below, and only for answers.
@@ -136,22 +136,16 @@ def main() -> None:
     add("--tasks", nargs="+", required=True, help="tasks or groups of the harness, by name")
     add("--data", type=Path, help=f"folder of rows, TASK*.jsonl, for {', '.join(LOCAL)}")
     add("--limit", type=int, help="rows of each task (default: all)")
-    add("--routes", nargs="+", choices=ROUTES, default=ROUTES, help="default: all three")
-    add("--batch-size", type=int, default=16, help="requests that run together (16)")
-    add("--seed", type=int, default=0, help="seed of the coin (0)")
     add("--device", default="cpu", help="cpu, cuda, mps (cpu)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--out", type=Path, help="write all figures to this JSON file")
     args = parser.parse_args()
-    routes = [route for route in ROUTES if route in args.routes]
-    if "coin" in routes and "learned" not in routes:
-        parser.error("--routes coin needs learned, too")
     specs = {task: local_task(args.data, task) if args.data else task for task in args.tasks}
 
-    gates = None if routes == ["full"] else args.flexidepth or args.model
+    gates = args.flexidepth or args.model
     dtype = args.dtype and getattr(torch, args.dtype)
     model = FlexiDepth.from_pretrained(args.model, gates, device=args.device, dtype=dtype)
-    lm = HarnessModel(model, Tokenizer.from_pretrained(args.model), args.batch_size)
+    lm = HarnessModel(model, Tokenizer.from_pretrained(args.model))
     config = model.config
     manager = tasks.TaskManager()
     generator = torch.Generator()
@@ -163,10 +157,10 @@ def main() -> None:
     rows = []
     for task, spec in specs.items():
         base = torch.nan
-        for route in routes:
+        for route in ROUTES:
             lm.route = coin if route == "coin" else route
             lm.seen = []
-            generator.manual_seed(args.seed)
+            generator.manual_seed(0)
             run = simple_evaluate(
                 lm, tasks=[spec], limit=args.limit, task_manager=manager, bootstrap_iters=1000,
                 log_samples=False, confirm_run_unsafe_code=True)
@@ -190,7 +184,7 @@ def main() -> None:
                 "rates": rates.tolist(), "results": results})
         means = [{"task": "mean", "route": route} | {
             name: fmean(row[name] for row in rows if row["route"] == route) for name in COLUMNS
-        } | {"error": torch.nan} for route in routes]
+        } | {"error": torch.nan} for route in ROUTES]
         if args.out:
             figures = {"settings": vars(args), "rows": rows, "means": means}
             args.out.write_text(json.dumps(figures, indent=1, default=str))

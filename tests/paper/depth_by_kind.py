@@ -100,22 +100,13 @@ def main() -> None:
     depths = {"answer": defaultdict(list), "prompt": defaultdict(list)}  # of each section and group
     kept = {"answer": Counter(), "prompt": Counter()}  # tokens that keep each routed layer
     with open(sys.argv[1], encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                if record["version"] != 2:
-                    raise ValueError(f"version {record['version']}")
-                for name, section, group, depth in groups_of(record):
-                    depths[name][section, group].append(depth)
-                for name, counts in kept.items():
-                    for decision in record[name]["decisions"]:
-                        for layer, digit in zip(record["routing_layers"], decision, strict=True):
-                            counts[layer] += int(digit)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"line {number}: expected a record of sample.py --depth-map "
-                                 f"({error!r})") from None
-    if not depths["answer"]:
-        raise ValueError("no records in it")
+        for record in map(json.loads, file):
+            for name, section, group, depth in groups_of(record):
+                depths[name][section, group].append(depth)
+            for name, counts in kept.items():
+                for decision in record[name]["decisions"]:
+                    for layer, digit in zip(record["routing_layers"], decision, strict=True):
+                        counts[layer] += int(digit)
 
     def order(group: tuple[int, str]) -> tuple[int, float]:
         """By section, and then by depth in answers, or in prompts."""
@@ -146,5 +137,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"depth_by_kind.py: {sys.argv[1]}: {error}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"depth_by_kind.py: {sys.argv[1]}: not a file of sample.py --depth-map ({error!r})")

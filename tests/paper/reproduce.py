@@ -1,8 +1,7 @@
 """The paper's experiments in small, on the tiny Llama: what each part of FlexiDepth is worth, and
 how other ways to skip compare.
 
-    python tests/paper/reproduce.py                  # all 46 runs
-    python tests/paper/reproduce.py --only router    # just the runs with this in their names
+    python tests/paper/reproduce.py                  # all 55 runs
     python tests/paper/reproduce.py --seeds 1 --steps 30 --out quick.json
 
 The figures of a run go to --out as soon as it ends, and no run that is there is run again: a
@@ -11,14 +10,10 @@ command that was interrupted goes on, and one that has finished prints the table
 import argparse
 import json
 import math
-import os
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -33,7 +28,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from flexidepth import (  # noqa: E402
     Attention, Config, DecoderLayer, FlexiDepth, Route, Tokenizer, layers_used, rotate, skip_loss,
     whole_file)
-from train import TINY, Row, collate, predict, read_jsonl, tokenize  # noqa: E402
+from train import TINY, Row, collate, plan_batches, predict, read_jsonl, tokenize  # noqa: E402
 
 # train.py's recipe for the tiny Llama, in a third of its steps, at about three times its price.
 STEPS = 300
@@ -59,28 +54,16 @@ def always(route: Route) -> RouteOf:
     return lambda targets, real: route
 
 
-def batches(rows: list[Row], steps: int, seed: int) -> Iterator[list[Row]]:
-    """The rows of every step: epochs in random order, sorted by length eight batches at a time."""
-    # train.plan_batches would do as well. This is the order that results.json was measured with.
-    generator = torch.Generator().manual_seed(seed)
-    epochs = math.ceil(steps * BATCH_SIZE / len(rows))
-    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)])
-    for pool in order[:steps * BATCH_SIZE].split(8 * BATCH_SIZE):
-        parts = pool.sort().values.split(BATCH_SIZE)
-        for i in torch.randperm(len(parts), generator=generator):
-            yield [rows[j] for j in parts[i]]
-
-
 def train(model: FlexiDepth, rows: list[Row], alpha: float, steps: int, seed: int,
           penalty: Callable = skip_loss, route_of: RouteOf = always("learned")) -> None:
     """Train routers and adapters on L_lm + alpha * penalty(gates, real)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
-    for step, batch in enumerate(batches(rows, steps, seed)):
+    for step, numbers in enumerate(plan_batches(len(rows), steps, BATCH_SIZE, seed)):
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = LR * min((step + 1) / (0.03 * steps), cosine)
 
-        input_ids, targets, real = collate(batch, "cpu")
+        input_ids, targets, real = collate([rows[i] for i in numbers], "cpu")
         logits, gates, _ = predict(model, input_ids, route_of(targets, real))
         lm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss = lm_loss + alpha * penalty(gates, real)
@@ -182,9 +165,9 @@ def remove(part: str, model: FlexiDepth) -> None:
         # An object of another class has the same weights and runs the other class's forward.
         if part == "no K, V for skipped tokens":
             layer.self_attn.__class__ = KeptKeys
-        elif part == "linear router":
+        elif "linear router" in part:
             layer.router = LinearRouter(model.config)
-        elif part == "no adapter":
+        elif "no adapter" in part:
             layer.router_proj = NoAdapter()
         elif part == "no factors g, 1 - g":
             layer.__class__ = StraightThrough
@@ -198,8 +181,9 @@ def run_flexidepth(steps: int, seed: int, alpha: float, part: str = "full") -> d
     torch.manual_seed(seed)
     model = FlexiDepth.from_pretrained(TINY)
     remove(part, model)
+    model.train("both paths" in part)
     train(model, read("train"), alpha, steps, seed, penalty)
-    return measure(model, read("valid"))
+    return measure(model.eval(), read("valid"))
 
 
 # ---- Other ways to skip, trained -----------------------------------------------------------------
@@ -343,42 +327,29 @@ def matched_runs(depths: list[float]) -> dict[str, Callable]:
             for seed, depth in enumerate(depths) for method, function in methods.items()}
 
 
-def start_worker() -> None:
-    torch.set_num_threads(1)
-    # Adam's means of a router that has closed are tiny: a tenth of the time goes into them.
-    torch.set_flush_denormal(True)
-
-
-def run(planned: dict[str, Callable], results: dict, out: Path, workers: int) -> None:
+def run(planned: dict[str, Callable], results: dict, out: Path) -> None:
     """Those of the planned runs that are not in the results yet."""
-    started = time.time()
-    names = {}
-    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
-        for name, function in planned.items():
-            if name not in results["runs"]:
-                seed = int(name.split("/")[-1])
-                names[pool.submit(function, results["settings"]["steps"], seed)] = name
-        for done, future in enumerate(as_completed(names), 1):
-            name = names[future]
+    for name, function in planned.items():
+        if name not in results["runs"]:
+            print(name, flush=True)
+            figures = function(results["settings"]["steps"], int(name.split("/")[-1]))
             results["runs"][name] = json.loads(
-                json.dumps(future.result()), parse_float=lambda text: round(float(text), 5))
+                json.dumps(figures), parse_float=lambda text: round(float(text), 5))
             with whole_file(out) as temporary:
                 temporary.write_text(json.dumps(results, indent=1))
-            print(f"{time.time() - started:5.0f} s  {name}, {done} of {len(names)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", default="", help="just the runs with this in their names, as alpha or router")
     add("--steps", type=int, default=STEPS, help="of a training (300)")
     add("--seeds", type=int, default=3, help="of routers, adapters and the order of rows (3)")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one a core)")
     add("--out", type=Path, default=HERE / "results.json", help="the figures")
     args = parser.parse_args()
-    if min(args.steps, args.seeds, args.jobs) < 1:
-        parser.error("--steps, --seeds and --jobs: expected at least 1")
+    torch.set_num_threads(1)  # more of them gain nothing on so small a model
+    # Adam's means of a router that has closed are tiny: a tenth of the time goes into them.
+    torch.set_flush_denormal(True)
 
     settings = {"steps": args.steps, "seeds": args.seeds, "lr": LR, "batch_size": BATCH_SIZE,
                 "alpha": ALPHA, "alphas": ALPHAS, "calibration_rows": CALIBRATION_ROWS}
@@ -388,17 +359,9 @@ def main() -> None:
     if results["settings"] != results["settings"] | settings:
         parser.error(f"{args.out} was made with {results['settings']}; give another --out")
 
-    def run_chosen(planned: dict[str, Callable]) -> None:
-        chosen = {name: planned[name] for name in planned if args.only in name}
-        run(chosen, results, args.out, args.jobs)
-
-    run_chosen(first_runs(args.seeds))
-    # --only may have left out what these need.
-    found = [results["runs"].get(f"{tables.BASE}/alpha {ALPHA:g}/{seed}")
-             for seed in range(args.seeds)]
-    if None not in found:
-        run_chosen(matched_runs([tables.mean_depth(figures) for figures in found]))
-
+    run(first_runs(args.seeds), results, args.out)
+    depths = [tables.mean_depth(figures) for figures in tables.of_flexidepth(results)]
+    run(matched_runs(depths), results, args.out)
     for name, table in tables.make_tables(results).items():
         print(f"{name}\n\n{table}\n")
 

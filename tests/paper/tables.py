@@ -1,16 +1,13 @@
-"""The tables of README.md, made of what was measured: results.json, by reproduce.py, and
-smollm2.json, by an earlier version of the scripts.
+"""The tables of README.md, made of results.json, which reproduce.py measured.
 
 Kept: exact match over the base's, mean over tasks, in percent. Layers used: of the tokens of the
 answers, mean over tasks. Figures with ± are means over seeds and their standard deviation."""
-from contextlib import suppress
 from statistics import fmean, stdev
 
 TASKS = ["phrase", "repeat", "copy", "story", "add", "multiply"]
 POSITIONS = ["1", "2", "3", "4", "5", "6", "end"]  # of a token in the answer
 BASE = "12x96"  # layers and width of tests/tiny-llama
 LAYERS = 12
-SMOLLM2_LAYERS = 30
 
 # What the paper keeps of Llama-3-8B-Instruct's quality, in percent, where it says so.
 METHODS = {
@@ -22,13 +19,14 @@ METHODS = {
 PARTS = {
     "full": "102.1", "no K, V for skipped tokens": "84.3", "linear router": "68.7",
     "no adapter": "28.1", "no factors g, 1 - g": "", "linear penalty": "",
-    "linear penalty, 3 alpha": ""}
+    "linear penalty, 3 alpha": "", "both paths seen": "", "both paths seen, linear router": "",
+    "both paths seen, no adapter": ""}
 # The layers that it uses by task, of 32, of which 16 are routed.
 PAPER_DEPTH = {"repeat": 20.09, "copy": 21.95, "add": 22.45, "multiply": 23.90}
 
 
 def of_seeds(results: dict, what: str) -> list[dict]:
-    """The figures of a run with every seed. KeyError if one was not run."""
+    """The figures of a run with every seed."""
     seeds = range(results["settings"]["seeds"])
     return [results["runs"][f"{BASE}/{what}/{seed}"] for seed in seeds]
 
@@ -129,26 +127,5 @@ def alpha(results: dict) -> str:
 
 
 def make_tables(results: dict) -> dict[str, str]:
-    """Markdown by name, of the tables whose runs are all there."""
-    made = {}
-    for make in (skipping, parts, depth, alpha):
-        with suppress(KeyError):
-            made[make.__name__] = make(results)
-    return made
-
-
-# ---- SmolLM2 -------------------------------------------------------------------------------------
-def smollm2(results: dict) -> str:
-    rows = []
-    for run in results["runs"]:
-        skipped = 1 - run["layers_with_prompts"] / SMOLLM2_LAYERS
-        rows.append([
-            f"{run['alpha']:g}", str(run["steps"]), f"{run['threshold']:g}", f"{run['layers']:.2f}",
-            f"{run['skipped']:.1%}", f"{skipped:.1%}", f"{run['loss']:.3f}",
-            f"{run['loss'] / run['base_loss'] - 1:+.1%}", f"{run['same']:.1%}",
-            f"{run['coin_loss']:.3f}", f"{run['bare_loss']:.3f}", f"{run['first_loss']:.3f}",
-            f"{run['time']['gain']:.2f}", f"{run['time']['ideal']:.2f}"])
-    head = ["alpha", "steps", "threshold", "layers used", "skipped", "with prompts", "loss",
-            "over the base", "next tokens as the base", "loss: coin for gate", "coin, no adapter",
-            "last layers dropped", "speed over all layers", "ideal by bytes"]
-    return markdown(head, rows)
+    """Markdown by name."""
+    return {make.__name__: make(results) for make in (skipping, parts, depth, alpha)}
