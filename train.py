@@ -51,14 +51,15 @@ PAPER = dict(
     beta2=0.999,         # AdamW's
     clip=0.0,            # the largest norm of the gradients; 0 means no clipping
     towards_base=False,  # ours: L_lm is the divergence (KL) from the base's own predictions
-    both_paths=False)    # ours: gates also learn from the path that was not taken
+    both_paths=False,    # ours: gates also learn from the path that was not taken
+    falling_alpha=False)  # ours: the price falls to 0, so that gates of kept layers rise to 1
 RECIPES = {
     "paper": PAPER,
     # The first stage of the released weights. The second adds --alpha 1e-5 --flexidepth FIRST_OUT.
     "released": PAPER | dict(alpha=1e-4, epochs=1.0, batch_size=32, beta2=0.95, clip=1.0),
     # For a small real model, such as SmolLM2-135M, on a laptop.
-    "smol": PAPER | dict(alpha=3.5e-3, lr=2e-3, epochs=0.176, batch_size=8, micro_batch_size=2,
-                         seq_len=256, towards_base=True, both_paths=True),
+    "smol": PAPER | dict(alpha=1.5e-2, lr=2e-3, epochs=0.176, batch_size=4, micro_batch_size=2,
+                         seq_len=256, towards_base=True, both_paths=True, falling_alpha=True),
     "tiny": PAPER | dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
                          seq_len=256, answers_only=True),
 }
@@ -365,6 +366,7 @@ def main() -> None:
         cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         lr = args.lr * min(step / (0.03 * steps), cosine)
         optimizer.param_groups[0]["lr"] = lr
+        alpha = args.alpha * cosine if args.falling_alpha else args.alpha
 
         # Rows of like length share a micro-batch. Each process takes every WORLD-th one.
         batch = [rows[i] for i in plan[step - 1]]
@@ -389,7 +391,7 @@ def main() -> None:
                 loss = F.cross_entropy(logits, targets[counted], reduction="sum")
             lm_loss = loss / counted_tokens                                # its part of L_lm
             gate_loss = skip_loss(gates, real) * real.sum() / real_tokens  # its part of L_skip
-            (lm_loss + args.alpha * gate_loss).backward()
+            (lm_loss + alpha * gate_loss).backward()
             depth = layers_used(kept[real], config).sum() / real_tokens
             figures += torch.stack([lm_loss, gate_loss, depth]).detach()
         if WORLD > 1:
