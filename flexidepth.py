@@ -31,9 +31,9 @@ even if all its gates are above 0.5. With route="full" (the default is "learned"
 adapters are bypassed, which gives exactly the pre-trained model.
 
 The factor does not tell a router whether the other path would have been better. After model.train()
-both paths are computed for every token. Values stay the same, but g also gets the gradient that it
-would have in g * full + (1 - g) * skip, with full and skip, the outputs of the two paths, held
-constant. This is ours. In evaluation mode, the mode of a new model, gates learn as in the paper.
+both paths are computed for every token. Values stay the same, but to the gradient of g is added the
+one that it would have in g * full + (1 - g) * skip, with full and skip, the outputs of the paths,
+held constant. This is ours. In evaluation mode, a new model's mode, gates learn as in the paper.
 
 Letters in shapes: B batch, T new tokens of a row, S cached and new tokens, N tokens of one path; D
 hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; R layers with a router.
@@ -110,7 +110,7 @@ class RMSNorm(nn.Module):
         # F.rms_norm may differ in the last bit, which can flip a decision close to the threshold.
         mean_square = x.float().pow(2).mean(-1, keepdim=True)
         normed = x.float() * torch.rsqrt(mean_square + self.eps)
-        # A router's weight is float32 in training. It is rounded here as it will be in use.
+        # train.py keeps a router's weight in float32. It is rounded here as it will be in use.
         return self.weight.to(x.dtype) * normed.to(x.dtype)
 
 
@@ -190,8 +190,8 @@ class Attention(nn.Module):
         if places is None:
             q = self.q_proj(h)
         else:
-            # Attention is computed at every place, because that is faster than with a mask. The
-            # others get zeros: NaNs from unused memory would spoil the gradients of k and v.
+            # Attention is computed at every place. That is faster than for N queries, whose keys
+            # a mask must choose. The others are zeros: NaNs would spoil the gradients of k and v.
             queries = self.q_proj(h.flatten(0, 1)[places])                        # (N, H * d)
             q = queries.new_zeros(B * T, queries.shape[-1])
             q = q.index_copy(0, places, queries).unflatten(0, (B, T))
@@ -203,7 +203,7 @@ class Attention(nn.Module):
             q = q.reshape(B, K, -1, d)                                            # (B, K, H / K, d)
         elif T < S:  # token t of the T sees keys 0..S-T+t
             mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
-        causal = 1 < T == S
+        causal = T == S > 1
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         out = out.reshape(B, -1, T, d).transpose(1, 2).flatten(2)                 # (B, T, H * d)
         if places is not None:
@@ -256,7 +256,7 @@ class Adapter(nn.Module):
 # "learned": a token takes the full path if its gate is above the threshold. "full": all tokens run
 # the pre-trained layer. To use another rule, pass a function (layer_index, gate) -> kept as route,
 # such as lambda layer_index, gate: gate > 0.7, which replaces the comparison. layer_index counts
-# all layers, and gate (B, T) is rounded. kept is a bool tensor that broadcasts to (B, T).
+# all layers, and gate (B, T) has the dtype of x. kept is bool, and broadcasts to (B, T).
 Route = str | Callable[[int, Tensor], Tensor]
 # Hidden states (B, T, D), gates (B, T), float32, and kept (B, T), bool, or None without a decision.
 Routed = tuple[Tensor, Tensor | None, Tensor | None]
@@ -280,8 +280,8 @@ class DecoderLayer(nn.Module):
 
     def decide(self, h: Tensor, route: Route) -> tuple[Tensor, Tensor]:
         """h (B, T, D) -> gate (B, T), float32, and kept (B, T), bool, True for the full path."""
-        # In bfloat16 a gate is 1 from a logit of 6.25 on, and has no gradient. So L_skip takes it
-        # in float32. The rounded gate decides and multiplies, as in the released model.
+        # In bfloat16 a gate is 1 from a logit of 6.25 on, and has no gradient. So L_skip takes the
+        # float32 one. The rounded one decides and multiplies, as in the released model.
         gate = torch.sigmoid(self.router(h).float())
         rounded = gate.to(h.dtype)
         if route == "learned":
@@ -327,7 +327,7 @@ class DecoderLayer(nn.Module):
             attended = self.self_attn(h, k, v, rotation)
             return self.full_path(x, g, attended), gate, kept
 
-        # Else all tokens run the adapter, which is small, and the full path's results replace some.
+        # Else all run the small adapter, and full-path tokens then get their own results instead.
         places = kept.flatten().nonzero_static(size=N)[:, 0]                      # (N,)
         attended = self.self_attn(h, k, v, rotation, places)                      # (N, D)
         tokens = x.flatten(0, 1)[places]                                          # (N, D)
@@ -363,7 +363,7 @@ class FlexiDepth(nn.Module):
         self.config = config
         self.folder = None  # the path that it was loaded from
         self.model = nn.Module()
-        # On the meta device, which from_pretrained uses, nn.Embedding(V, D) would take a second.
+        # nn.Embedding(V, D) would take seconds on the meta device, which from_pretrained uses.
         words = torch.empty(V, D).uniform_(-1, 1)
         self.model.embed_tokens = nn.Embedding.from_pretrained(words)
         layers = [DecoderLayer(config, index) for index in range(config.num_hidden_layers)]
@@ -448,7 +448,7 @@ class FlexiDepth(nn.Module):
         with torch.device("meta"):  # shapes without memory; the weights are assigned to them
             model = cls(config)
         model.folder = folder
-        if not trained:
+        if not trained:  # new parts need values
             for index in config.routing_layers:
                 layer = model.model.layers[index]
                 layer.router = Router(config)
@@ -677,8 +677,8 @@ PRE_TOKENIZERS = {
     DIGIT_SPLIT: [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
 }
 # The marks that a format's template may hold, of which the first has to be there, and a pattern
-# that must not be found. Llama 3's template has to strip contents. ChatML's must not, nor may it
-# begin with a token of its own, and it has to end each message with a newline.
+# by which a template is refused: Llama 3's if it does not strip contents; ChatML's if it does, if
+# it begins with a token of its own, or if a message does not end with a newline.
 CHAT_FORMATS = {
     "llama3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>",
                 "<|eom_id|>", "<|python_tag|>"], r"(?s)\A(?!.*trim)"),
@@ -814,9 +814,9 @@ class Tokenizer:
         return self.begin * bos + ids + self.end * eos
 
     def encode_message(self, message: dict) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of one message, {"role": ..., "content": ...}, in three parts: its header; what
-        the author says, which is the content and the token that ends it; and what follows that.
-        Raises ValueError if the chat format is not known."""
+        """Token ids of one message, {"role": ..., "content": ...}, in three parts: its header; its
+        content with the token that ends it; and what separates it from the next message. Raises
+        ValueError if the chat format is not known."""
         content = message["content"]
         role = self.tool_role if message["role"] == "tool" else message["role"]
         if self.chat_format == "llama3":
@@ -860,9 +860,9 @@ class Tokenizer:
 
 # ---- Compiled decoding ---------------------------------------------------------------------------
 def compile_decode(model: FlexiDepth) -> None:
-    """Let torch.compile make the head, and the layers' code for one token at a time, B = T = 1. All
-    else still runs the layers above. It needs a C++ compiler, and Triton on a GPU. Such code adds
-    in another order, so the last bits change. Call it once for a model."""
+    """Compile the head, and the layers for a lone token (B = T = 1) with a cache. All else runs as
+    before. It needs a C++ compiler, and Triton on a GPU. Sums change their order, so the last bits
+    change. Call it once for a model."""
     compiled = torch.compile(decode_layer)
 
     def forward(layer, eager, x, rotation, cache, route):

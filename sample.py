@@ -6,17 +6,18 @@
     python sample.py --prompt-file prompts.jsonl --depth-map depth.jsonl
 
 A prompt is the user's message of a chat; with --raw it is text to be continued. A prompt file has
-JSONL rows with a "prompt" or "messages", and any "task". Routers and adapters are those of
---flexidepth, or what train.py left in out/ for this model, or those in the model's own folder.
+JSONL rows with a "prompt" or (not with --raw) "messages", and any "task". Routers and adapters are
+those of --flexidepth, or what train.py left in out/ for this model, or those in the model's own
+folder.
 
 A router gives each token a gate at each routed layer. Where the gate is above the threshold, the
-token runs the layer. Otherwise it skips the layer, and a small adapter takes its place. Every token
+token runs the layer. Otherwise it skips the layer, and runs a small adapter instead. Every token
 runs the plain layers, which have no router. The depth of a token is the number of layers that ran.
 At each position the model reads one token and predicts the next one. A prompt's token has the depth
 of its own position. An answer's token has the depth of the position before it, which predicted it.
 
 A record is a dict of the settings, a prompt and its answer, with the depths of all tokens. Its
-fields are in README.md. --depth-map writes a record a line, and --html draws them.
+fields are in README.md. --depth-map writes each record as a line, and --html draws each record.
 """
 import argparse
 import codecs
@@ -109,7 +110,7 @@ def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
 
 # ---- Prompts -------------------------------------------------------------------------------------
 def as_prompt(row: dict, raw: bool) -> dict:
-    """A prompt as a record holds it: {"messages": [...]}, or with raw {"text": ...}, and any task.
+    """A prompt as a record holds it: {"messages": [...]}, or, if raw, {"text": ...}; and any task.
     Raises ValueError, TypeError or AttributeError for a row of another form."""
     messages = row.get("messages", [])
     if raw or "prompt" in row:
@@ -117,7 +118,7 @@ def as_prompt(row: dict, raw: bool) -> dict:
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
             raise ValueError(f"expected a role of {ROLES} and a text; found {message!r:.99}")
-    # A conversation's last answer is the reference. The model must not see it.
+    # The last message may be the expected answer. The model must not see it.
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or not messages[-1]["content"].strip():
@@ -158,7 +159,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, context: int) -
 
 
 def read_chat(messages: list[dict]) -> Iterator[dict]:
-    """Prompts from the terminal or a pipe. The caller appends each answer to messages."""
+    """Prompts from the terminal or a pipe. The caller appends each answer to the same list."""
     print("\nyou: ", end="", flush=True)
     for line in sys.stdin:
         if line.strip():
@@ -169,12 +170,12 @@ def read_chat(messages: list[dict]) -> Iterator[dict]:
 
 
 # ---- Records -------------------------------------------------------------------------------------
-UTF8Decoder = codecs.getincrementaldecoder("utf-8")  # a character comes with its last token
+UTF8Decoder = codecs.getincrementaldecoder("utf-8")  # it holds a character back until it is whole
 
 
 def answer(model: FlexiDepth, tokenizer: Tokenizer, request: dict, show_depth: bool) -> dict:
     """Generate, and print the answer as it comes. A request has the settings, a seed and a prompt.
-    The record, which is returned, has the results, too."""
+    Returns a record, which is the request with the results added."""
     prompt = encode(tokenizer, request, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(request["seed"])
     decoder = UTF8Decoder("replace")
@@ -186,7 +187,7 @@ def answer(model: FlexiDepth, tokenizer: Tokenizer, request: dict, show_depth: b
             request["top_p"], generator, tokenizer.stop_ids, request["route"]):
         token = step.token.item()
         ids.append(token)
-        if step.kept is not None:  # of all the prompt's positions at first, then of one
+        if step.kept is not None:  # of all the prompt's positions first, then of one at a time
             decisions += ["".join(map(str, kept)) for kept in step.kept[0].int().tolist()]
         text = printable(decoder.decode(tokenizer.token_bytes(token)))
         if show_depth:
@@ -213,7 +214,7 @@ def token_lists(tokenizer: Tokenizer, settings: dict, ids: list[int], decisions:
         text = tokenizer.token_bytes(token)
         try:
             texts.append(text.decode())
-        except UnicodeDecodeError:  # a part of a character
+        except UnicodeDecodeError:  # the bytes of a part of a character
             texts.append(list(text))
     depths = [settings["num_hidden_layers"] - decision.count("0") for decision in decisions]
     return {"ids": ids, "texts": texts, "layers": depths, "decisions": decisions}
@@ -282,7 +283,7 @@ def draw(record: dict) -> str:
         drawn += '</pre>\n<pre class="map">'
         kept = dict(zip(record["routing_layers"], zip(*part["decisions"])))
         for layer in reversed(range(record["num_hidden_layers"])):
-            digits = kept.get(layer, "2" * len(part["ids"]))
+            digits = kept.get(layer, "2" * len(part["ids"]))  # 2: a plain layer
             cells = "".join("░█▒"[int(digit)] for digit in digits)
             drawn += f"{layer:3} {cells}\n"
         drawn += "</pre>\n"
@@ -330,7 +331,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch raises these
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two are torch's
         sys.exit(f"sample.py: {printable(' '.join(str(error).split()))[:500]}")
     except KeyboardInterrupt:
         sys.exit(130)

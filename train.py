@@ -322,7 +322,6 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         trained.values(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
 
-    # The data.
     tokenizer = Tokenizer.from_pretrained(args.model)
     data = args.data or find_path(args.model) / "train.jsonl"
     beside = data.with_name("valid.jsonl")
@@ -372,7 +371,6 @@ def main() -> None:
         batch = [rows[i] for i in plan[step - 1]]
         batch.sort(key=lambda row: len(row.ids))
         starts = range(0, len(batch), args.micro_batch_size)[RANK::WORLD]
-        # A micro-batch adds its sums, divided by the numbers of tokens in the whole batch.
         real_tokens = sum(len(row.ids) - 1 for row in batch)
         counted_tokens = sum((row.targets[1:] != -100).sum().item() for row in batch)
         figures = torch.zeros(3, device=args.device)  # L_lm, L_skip, mean depth
