@@ -52,14 +52,14 @@ PAPER = dict(
     clip=0.0,            # the largest norm of the gradients; 0 means no clipping
     towards_base=False,  # ours: L_lm is the divergence (KL) from the base's own predictions
     both_paths=False,    # ours: gates also learn from the path that was not taken
-    falling_alpha=False)  # ours: the price falls to 0, so that gates of kept layers rise to 1
+    last_alpha=1.0)      # ours: alpha falls along a cosine, down to this share of it
 RECIPES = {
     "paper": PAPER,
     # The first stage of the released weights. The second adds --alpha 1e-5 --flexidepth FIRST_OUT.
     "released": PAPER | dict(alpha=1e-4, epochs=1.0, batch_size=32, beta2=0.95, clip=1.0),
     # For a small real model, such as SmolLM2-135M, on a laptop.
-    "smol": PAPER | dict(alpha=1.5e-2, lr=2e-3, epochs=0.176, batch_size=4, micro_batch_size=2,
-                         seq_len=256, towards_base=True, both_paths=True, falling_alpha=True),
+    "smol": PAPER | dict(alpha=8e-3, lr=2e-3, epochs=0.176, batch_size=4, micro_batch_size=2,
+                         seq_len=256, towards_base=True, both_paths=True, last_alpha=0.4),
     "tiny": PAPER | dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
                          seq_len=256, answers_only=True),
 }
@@ -365,7 +365,7 @@ def main() -> None:
         cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         lr = args.lr * min(step / (0.03 * steps), cosine)
         optimizer.param_groups[0]["lr"] = lr
-        alpha = args.alpha * cosine if args.falling_alpha else args.alpha
+        alpha = args.alpha * max(args.last_alpha, cosine)
 
         # Rows of like length share a micro-batch. Each process takes every WORLD-th one.
         batch = [rows[i] for i in plan[step - 1]]
