@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 train.py --model ...      # on 8 GPUs
 
 Each line of the data is {"messages": [{"role": "user", "content": ...}, ...]} or {"text": ...}.
-Rows with the same "task", which is optional, share a line of the table. A valid.jsonl beside the
-data holds the held-out rows. The folder --out, which all machines of a run have to share, gets
+A valid.jsonl beside it holds held-out rows, of which a table is made, with a line for each "task"
+that rows may have. The folder --out, which all machines of a run have to share, gets
 
     flexidepth.safetensors    routers and adapters, for sample.py and FlexiDepth.from_pretrained
     train.json                the settings and the table of held-out rows, when the run has ended
@@ -15,9 +15,10 @@ data holds the held-out rows. The folder --out, which all machines of a run have
     checkpoint.pt             for --resume; it is deleted when the run has ended
 
 One step: the rows of a batch are sorted by length and cut into micro-batches, which are dealt out
-to the processes. Each process holds the whole model and adds up the gradients of its micro-batches.
-Then the gradients of all processes are added, and AdamW moves the routers and adapters. Losses are
-divided by the numbers of tokens in the whole batch, so gradients do not depend on how it is cut.
+to the processes. Each holds the whole model, and adds up the gradients of L_lm + alpha * L_skip
+(see flexidepth.py). Both are divided by the numbers of tokens in the whole batch, so it does not
+matter how it is cut. Then the gradients of all processes are added, and AdamW moves routers and
+adapters.
 """
 import argparse
 import json
@@ -43,15 +44,14 @@ from flexidepth import (
     FlexiDepth, Output, Route, Tokenizer, find_path, layers_used, skip_loss, whole_file)
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
-# A recipe holds the defaults of options, and four settings that have no option. This one is the
-# paper's, for Llama-3-8B-Instruct.
+# Defaults of options, and settings that have no option. These are the paper's.
 PAPER = dict(
     alpha=1e-3, lr=1e-4, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
     answers_only=False,
     beta2=0.999,         # AdamW's
     clip=0.0,            # the largest norm of the gradients; 0 means no clipping
     towards_base=False,  # ours: L_lm is the divergence (KL) from the base's own predictions
-    both_paths=False,    # ours: gates also learn from the path that was not taken
+    both_paths=False,    # ours: gates also learn from the path not taken (model.train())
     last_alpha=1.0)      # ours: alpha falls along a cosine, down to this share of it
 RECIPES = {
     "paper": PAPER,
@@ -63,7 +63,7 @@ RECIPES = {
     "tiny": PAPER | dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
                          seq_len=256, answers_only=True),
 }
-# What may differ after --resume, as may the number of processes. It changes results by rounding.
+# May differ after --resume, as may the number of processes. Training differs by rounding at most.
 FREE = ("out", "valid", "resume", "device", "save_every", "micro_batch_size",
         "checkpoint_activations")
 # torchrun tells each process its place.
@@ -113,6 +113,7 @@ def parse_args() -> argparse.Namespace:
     add("--answers-only", action=argparse.BooleanOptionalAction, help="L_lm on answers alone")
     args = parser.parse_args()
 
+    # Options are read again when the recipe is known.
     recipe = args.recipe or ("tiny" if Path(args.model).resolve() == TINY else "paper")
     parser.set_defaults(recipe=recipe, **RECIPES[recipe])
     args = parser.parse_args()
@@ -202,8 +203,8 @@ def load_rows(file: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> lis
 
 
 def plan_batches(count: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:
-    """The numbers of every step's rows, out of `count`, by the arguments alone. Each epoch has an
-    order of its own. Rows that do not fill its last batch are left for other epochs."""
+    """The numbers of every step's rows, out of `count`, the same for the same arguments. Each epoch
+    has its own order. Rows that do not fill its last batch are left for other epochs."""
     generator = torch.Generator().manual_seed(seed)
     plan = []
     while len(plan) < steps:
@@ -214,7 +215,7 @@ def plan_batches(count: int, steps: int, batch_size: int, seed: int) -> list[lis
 
 def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Rows as tensors (B, T): input_ids; targets, which are the next tokens, or -100 where they do
-    not count; and real, bool, False at padding. It is at the end, where no token attends to it."""
+    not count; and real, bool, False at padding. Padding comes last: no token attends to it."""
     ids = pad_sequence([row.ids for row in rows], batch_first=True, padding_value=-1)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=-100)
     ids = ids.to(device)
@@ -238,7 +239,7 @@ def evaluate(model: FlexiDepth, rows: list[Row], args: argparse.Namespace) -> di
     base_loss, loss      cross-entropy of the base and of FlexiDepth
     same                 share of tokens for which both find the same token likeliest
     base_exact, exact    share of rows in which every token that counts is the likeliest one
-    layers               mean depth: the number of layers that a token runs, plain ones too"""
+    layers               mean depth: how many layers a token runs, those without a router too"""
     totals = defaultdict(Counter)
     for start in range(0, len(rows), args.micro_batch_size):
         batch = rows[start:start + args.micro_batch_size]
@@ -307,7 +308,7 @@ def main() -> None:
 
     dtype = torch.float32 if args.device == "cpu" else None
     model = FlexiDepth.from_pretrained(args.model, args.flexidepth, device=args.device, dtype=dtype)
-    model.train(args.both_paths)  # it means nothing else, as there is no dropout
+    model.train(args.both_paths)  # there is no dropout, so it means nothing else
     config = model.config
     if args.checkpoint_activations:
         for index in config.routing_layers:
@@ -340,7 +341,7 @@ def main() -> None:
     run["config"] = str(config)
     tokens = sum(len(row.ids) for row in rows)
     run["data"] = f"{len(rows)} rows of {tokens} tokens"
-    saved = [{"run": run, "step": 0}]
+    saved = [{"run": run, "step": 0}]  # nothing is saved yet
     checkpoint_file = args.out / "checkpoint.pt"
     if RANK == 0:
         args.out.mkdir(parents=True, exist_ok=args.resume)
