@@ -85,7 +85,7 @@ def load(args: argparse.Namespace) -> tuple[FlexiDepth, dict]:
         flexidepth = None
     elif not args.flexidepth and result.is_file():
         trained_for = read_json(result).get("settings", {}).get("model", "")
-        if realpath(trained_for) == realpath(args.model):
+        if trained_for and realpath(trained_for) == realpath(args.model):
             flexidepth = "out"
     dtype = args.dtype and getattr(torch, args.dtype)
     model = FlexiDepth.from_pretrained(args.model, flexidepth, device=args.device, dtype=dtype)

@@ -17,8 +17,7 @@ that rows may have. The folder --out, which all machines of a run have to share,
 One step: the rows of a batch are sorted by length and cut into micro-batches, which are dealt out
 to the processes. Each holds the whole model, and adds up the gradients of L_lm + alpha * L_skip
 (see flexidepth.py). Both are divided by the numbers of tokens in the whole batch, so it does not
-matter how it is cut. Then the gradients of all processes are added, and AdamW moves routers and
-adapters.
+matter how it is cut. Then the gradients of all processes are added, and AdamW steps.
 """
 import argparse
 import json
