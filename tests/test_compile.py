@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sample
-from flexidepth import FlexiDepth, Tokenizer, compile_decode, generate
+from flexidepth import FlexiDepth, RowSums, Tokenizer, compile_decode, generate
 
 TINY = Path(__file__).resolve().parent / "tiny-llama"
 
@@ -19,6 +19,7 @@ def models():
         pytest.skip("torch.compile needs a C++ compiler")
     compiled = FlexiDepth.from_pretrained(TINY, TINY)
     compile_decode(compiled)
+    assert type(compiled.model.layers[0].mlp.up_proj) is RowSums  # it decides the speed alone
     return FlexiDepth.from_pretrained(TINY, TINY), compiled
 
 

@@ -150,11 +150,9 @@ def naive(model, rows, towards_base):
 def test_a_step_is_one_of_the_whole_batch(folder, recipe):
     """The losses of micro-batches would be means of means, each normalised by its own tokens, or
     padding would count. Or "smol" would not train towards the base's prediction, not give gates the
-    gradient of the path that was not taken, or not lower the price, to a half in the second step of
-    two. The first one changes nothing."""
+    gradient of the path not taken, or not lower the price, to a half in the second step of two."""
     found = gradients(3, recipe, "--recipe", recipe, "--alpha", 1e-3, "--steps", 2)
     found = found[len(found) // 2:]
-
     torch.manual_seed(0)
     model = FlexiDepth.from_pretrained(TINY).train(recipe == "smol")
     tokenizer = Tokenizer.from_pretrained(TINY)

@@ -87,9 +87,9 @@ def test_only_the_decisions_wait_for_the_device(folder, monkeypatch, kept):
         # `generate` asks, at each token, if the logits are finite and if all rows have ended.
         answers = iter([True, False] * 3)
         monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: next(answers))
-        tokens = list(generate(model, ids.view(10, 1), 3, stop_ids=[1]))
+        tokens = list(generate(model, torch.zeros(10, 1, dtype=torch.int64), 3, stop_ids=[1]))
     assert len(tokens) == 3 and len(waits) == 6 * 2
-    assert operations.copies == 7 * 2  # the cosines and sines of each forward pass
+    assert operations.copies == 7 * 2 + 1  # cosines and sines of each forward pass, and the prompt
     assert all(p.grad.device.type == "meta" for p in model.parameters() if p.requires_grad)
 
 

@@ -299,6 +299,6 @@ def test_make_trains_a_base(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["make.py", "--steps", "4", "--out", str(tmp_path)])
     monkeypatch.setattr(make, "VALID_ROWS", 5)
     make.main()
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert losses[-1] < losses[0]
-    assert FlexiDepth.from_pretrained(tmp_path).config.num_hidden_layers == 12
+    first, *_, last = re.findall(r"loss ([\d.]+)", capsys.readouterr().out)
+    assert float(last) < float(first)
+    FlexiDepth.from_pretrained(tmp_path)

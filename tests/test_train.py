@@ -125,9 +125,9 @@ def test_recipes(monkeypatch):
 
     paper = settings("--model", "llama")
     assert paper["recipe"] == "paper" and settings()["recipe"] == "tiny"
-    assert paper == paper | {"alpha": 1e-3, "lr": 1e-4, "epochs": 3, "batch_size": 64, "clip": 0,
-                             "beta2": 0.999, "towards_base": False, "both_paths": False,
-                             "last_alpha": 1}
+    assert paper == paper | {
+        "alpha": 1e-3, "lr": 1e-4, "epochs": 3, "batch_size": 64, "clip": 0, "beta2": 0.999,
+        "towards_base": False, "both_paths": False, "last_alpha": 1}
     changed = settings("--alpha", "0", "--epochs", "0", "--no-answers-only", "--seq-len", "7")
     assert changed == settings() | {"alpha": 0, "epochs": 0, "answers_only": False, "seq_len": 7}
 
