@@ -57,8 +57,8 @@ RECIPES = {
     # The first stage of the released weights. The second adds --alpha 1e-5 --flexidepth FIRST_OUT.
     "released": PAPER | dict(alpha=1e-4, epochs=1.0, batch_size=32, beta2=0.95, clip=1.0),
     # For a small real model, such as SmolLM2-135M, on a laptop.
-    "smol": PAPER | dict(alpha=8e-3, lr=2e-3, epochs=0.176, batch_size=4, micro_batch_size=2,
-                         seq_len=256, towards_base=True, both_paths=True, last_alpha=0.4),
+    "smol": PAPER | dict(alpha=6e-3, lr=2e-3, epochs=0.176, batch_size=4, micro_batch_size=2,
+                         seq_len=256, towards_base=True, both_paths=True, last_alpha=0.1),
     "tiny": PAPER | dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
                          seq_len=256, answers_only=True),
 }
