@@ -127,15 +127,15 @@ def rotary_frequencies(config: Config) -> Tensor:
     return (1 - fast) * freq / factor + fast * freq
 
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines of the new positions, (T, d/2) each
+Rotation = tuple[Tensor, Tensor]  # cosines and sines for the new positions, (T, d) each
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary embedding of x (..., T, d)."""
+    """Rotary embedding of x (..., T, d): its halves become a * cos - b * sin, b * cos + a * sin."""
     # Dimensions i and i + d/2 turn together: the published weights are permuted for that.
-    cos, sin = rotation
+    cos, sin = rotation  # the sines of the first half are negative
     a, b = x.chunk(2, dim=-1)                                                     # (..., T, d/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + torch.cat((b, a), dim=-1) * sin
 
 
 class KVCache:
@@ -391,6 +391,7 @@ class FlexiDepth(nn.Module):
         x = self.model.embed_tokens(input_ids)                                    # (B, T, D)
         positions = torch.arange(start, end, device="cpu")
         angles = positions[:, None] * self.frequencies                            # (T, d/2)
+        angles = torch.cat((-angles, angles), dim=-1)                             # (T, d)
         rotation = angles.cos().to(x), angles.sin().to(x)
         gates = []
         decisions = []
@@ -414,7 +415,6 @@ class FlexiDepth(nn.Module):
                         routing_layers: Iterable[int] | None = None, device: str = "cpu",
                         dtype: torch.dtype | None = None) -> "FlexiDepth":
         """Load a Llama or FlexiDepth checkpoint: a folder, or a hub name in the local cache.
-
         Routers and adapters are those of the folder or file `flexidepth`, if it is given. Otherwise
         they are those among the model's own weights. If there are none, new ones are made in
         routing_layers, which default to those of config.json or to the latter half. dtype: defaults

@@ -22,7 +22,7 @@ from flexidepth import DecoderLayer, FlexiDepth  # noqa: E402
 from train import Row, evaluate  # noqa: E402
 
 RESULTS = json.loads((HERE / "paper" / "results.json").read_text())
-ANGLES = torch.arange(9)[:, None] * torch.ones(4)
+ANGLES = torch.arange(9)[:, None] * torch.tensor(4 * [-1.0] + 4 * [1.0])
 ROTATION = ANGLES.cos(), ANGLES.sin()  # of nine tokens in conftest's model
 REAL = torch.ones(2, 9, dtype=torch.bool)
 
