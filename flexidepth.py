@@ -31,11 +31,11 @@ even if all its gates are above 0.5. With route="full" (the default is "learned"
 adapters are bypassed, which gives exactly the pre-trained model.
 
 The factor does not tell a router whether the other path would have been better. After model.train()
-both paths are computed for every token. Values stay the same, but to the gradient of g is added the
-one that it would have in g * full + (1 - g) * skip, with full and skip, the outputs of the paths,
-held constant. This is ours. In evaluation mode, a new model's mode, gates learn as in the paper.
+both paths are computed for every token. Values stay the same, but g also gets the gradient that it
+would have in g * full + (1 - g) * skip, where full and skip, the outputs of the paths, are held
+constant. This is ours. In evaluation mode, a new model's mode, gates learn as in the paper.
 
-Letters in shapes: B batch, T new tokens of a row, S cached and new tokens, N tokens of one path; D
+Letters in shapes: B batch, T new tokens of a row, S cached and new tokens, N full-path tokens; D
 hidden_size, H attention heads, K key/value heads, d head_dim, V vocabulary; R layers with a router.
 """
 import base64
@@ -107,7 +107,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # F.rms_norm may differ in the last bit, which can flip a decision close to the threshold.
+        # As released. F.rms_norm may round otherwise, and flip a decision close to the threshold.
         mean_square = x.float().pow(2).mean(-1, keepdim=True)
         normed = x.float() * torch.rsqrt(mean_square + self.eps)
         # train.py keeps a router's weight in float32. It is rounded here as it will be in use.
@@ -144,7 +144,7 @@ class KVCache:
                  device="cpu", dtype: torch.dtype | None = None):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length,
                  config.head_dim)
-        # Zeros: compiled decoding reads unused places, with a weight of 0, and 0 times NaN is NaN.
+        # Zeros: decode_layer, at the end, gives unused places a weight of 0, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.length = 0  # tokens held; the model adds T when all layers have stored theirs
@@ -190,8 +190,8 @@ class Attention(nn.Module):
         if places is None:
             q = self.q_proj(h)
         else:
-            # Attention is computed at every place. That is faster than for N queries, whose keys
-            # a mask must choose. The others are zeros: NaNs would spoil the gradients of k and v.
+            # Attention is computed at every place: N queries alone would need a mask, which is
+            # slower. The other places hold zeros: NaNs would spoil the gradients of k and v.
             queries = self.q_proj(h.flatten(0, 1)[places])                        # (N, H * d)
             q = queries.new_zeros(B * T, queries.shape[-1])
             q = q.index_copy(0, places, queries).unflatten(0, (B, T))
@@ -254,9 +254,9 @@ class Adapter(nn.Module):
 
 
 # "learned": a token takes the full path if its gate is above the threshold. "full": all tokens run
-# the pre-trained layer. To use another rule, pass a function (layer_index, gate) -> kept as route,
+# the pre-trained layer. To use another rule, pass as route a function (layer_index, gate) -> kept,
 # such as lambda layer_index, gate: gate > 0.7, which replaces the comparison. layer_index counts
-# all layers, and gate (B, T) has the dtype of x. kept is bool, and broadcasts to (B, T).
+# all layers, and gate (B, T) has the dtype of x. kept, a tensor, broadcasts to (B, T).
 Route = str | Callable[[int, Tensor], Tensor]
 # Hidden states (B, T, D), gates (B, T), float32, and kept (B, T), bool, or None without a decision.
 Routed = tuple[Tensor, Tensor | None, Tensor | None]
@@ -280,8 +280,8 @@ class DecoderLayer(nn.Module):
 
     def decide(self, h: Tensor, route: Route) -> tuple[Tensor, Tensor]:
         """h (B, T, D) -> gate (B, T), float32, and kept (B, T), bool, True for the full path."""
-        # In bfloat16 a gate is 1 from a logit of 6.25 on, and has no gradient. So L_skip takes the
-        # float32 one. The rounded one decides and multiplies, as in the released model.
+        # A bfloat16 sigmoid is 1 from a logit of 6.25 on, without a gradient. So L_skip takes the
+        # float32 gate. The rounded one decides and multiplies, as in the released model.
         gate = torch.sigmoid(self.router(h).float())
         rounded = gate.to(h.dtype)
         if route == "learned":
@@ -527,8 +527,8 @@ def generate(model: FlexiDepth, input_ids: Tensor, max_new_tokens: int, temperat
              top_p: float = 1.0, generator: torch.Generator | None = None,
              stop_ids: Iterable[int] = (), route: Route = "learned") -> Iterator[Step]:
     """Yield a Step for each new token after prompts (B, T), int64, of one length, until every row
-    has produced a token of stop_ids, or the context is full. Ignore what a row yields after its own
-    stop token. Raises ValueError if an argument is wrong, or the logits are no longer finite."""
+    has produced a token of stop_ids, max_new_tokens are there, or the context is full. Ignore what
+    a row yields after its stop token. Raises ValueError for bad arguments or non-finite logits."""
     B, T = input_ids.shape
     if not (T > 0 and temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"{T} tokens, temperature {temperature}, top_p {top_p}; expected at least "
