@@ -112,10 +112,9 @@ def parse_args() -> argparse.Namespace:
     add("--answers-only", action=argparse.BooleanOptionalAction, help="L_lm on answers alone")
     args = parser.parse_args()
 
-    # Options are read again when the recipe is known.
     recipe = args.recipe or ("tiny" if Path(args.model).resolve() == TINY else "paper")
     parser.set_defaults(recipe=recipe, **RECIPES[recipe])
-    args = parser.parse_args()
+    args = parser.parse_args()  # again, with the recipe's defaults
     if (args.out / "train.json").exists() or (args.out.exists() and not args.resume):
         parser.error(f"{args.out} exists; give another --out, or --resume if its run has not ended")
     return args
@@ -365,7 +364,8 @@ def main() -> None:
         cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         lr = args.lr * min(step / (0.03 * steps), cosine)
         optimizer.param_groups[0]["lr"] = lr
-        alpha = args.alpha * max(args.last_alpha, cosine)
+        share = args.last_alpha
+        alpha = args.alpha * (share + (1 - share) * cosine)
 
         # Rows of like length share a micro-batch. Each process takes every WORLD-th one.
         batch = [rows[i] for i in plan[step - 1]]

@@ -150,7 +150,7 @@ def naive(model, rows, towards_base):
 def test_a_step_is_one_of_the_whole_batch(folder, recipe):
     """The losses of micro-batches would be means of means, each normalised by its own tokens, or
     padding would count. Or "smol" would not train towards the base's prediction, not give gates the
-    gradient of the path not taken, or not lower the price, to a half in the second step of two."""
+    gradient of the path not taken, or not lower the price, in the second step of two to 0.55."""
     found = gradients(3, recipe, "--recipe", recipe, "--alpha", 1e-3, "--steps", 2)
     found = found[len(found) // 2:]
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def test_a_step_is_one_of_the_whole_batch(folder, recipe):
             for line in Path("rows.jsonl").read_text().splitlines()]
     batch = train.plan_batches(24, 2, 8, 0)[1]
     lm, skip, depth = naive(model, [rows[i] for i in batch], recipe == "smol")
-    (lm + (1e-3 if recipe == "tiny" else 5e-4) * skip).backward()
+    (lm + (1e-3 if recipe == "tiny" else 5.5e-4) * skip).backward()
     expected = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g.abs().max() > 1e-5 for g in expected)
     assert_close(found, expected)
