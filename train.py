@@ -433,7 +433,7 @@ def main() -> None:
         with whole_file(args.out / "train.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
         checkpoint_file.unlink(missing_ok=True)
-    print(f"wrote {args.out}; sample.py --show-depth --flexidepth {args.out} shows it at work")
+    print(f"wrote {args.out}")
     if WORLD > 1:
         dist.destroy_process_group()
 
