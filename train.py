@@ -51,7 +51,7 @@ PAPER = dict(
     clip=0.0,            # the largest norm of the gradients; 0 means no clipping
     towards_base=False,  # ours: L_lm is the divergence (KL) from the base's own predictions
     both_paths=False,    # ours: gates also learn from the path not taken (model.train())
-    last_alpha=1.0)      # ours: alpha falls along a cosine, down to this share of it
+    last_alpha=1.0)      # ours, if below 1: alpha falls along a cosine, down to this share of it
 RECIPES = {
     "paper": PAPER,
     # The first stage of the released weights. The second adds --alpha 1e-5 --flexidepth FIRST_OUT.
@@ -99,10 +99,13 @@ def parse_args() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
     add("--seed", type=int, default=0, help="of new routers and of the order of rows (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the base; on a GPU the checkpoint's",
+        default=None if torch.cuda.is_available() else "float32")
     add("--save-every", type=positive_int, default=200, help="steps between checkpoints (200)")
     add("--checkpoint-activations", action="store_true", help="less memory for more time")
     add("--recipe", choices=RECIPES, help="defaults of what follows (default: tiny or paper)")
     add("--alpha", type=non_negative, help="price of depth, the weight of L_skip")
+    add("--last-alpha", type=non_negative, help="share of it at the end of a cosine; 1: constant")
     add("--lr", type=non_negative, help="peak learning rate")
     add("--epochs", type=non_negative, help="passes over the data; 0 trains nothing, but evaluates")
     add("--steps", type=positive_int, help="optimiser steps, in place of --epochs")
@@ -304,7 +307,7 @@ def main() -> None:
             torch.cuda.set_device(args.device)
         dist.init_process_group()
 
-    dtype = torch.float32 if args.device == "cpu" else None
+    dtype = args.dtype and getattr(torch, args.dtype)
     model = FlexiDepth.from_pretrained(args.model, args.flexidepth, device=args.device, dtype=dtype)
     model.train(args.both_paths)  # there is no dropout, so it means nothing else
     config = model.config
@@ -400,11 +403,8 @@ def main() -> None:
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).item()
         lm, skip, layers = figures.tolist()
         if not math.isfinite(lm + skip + norm):
-            advice = "a lower --lr may help, in a new --out"
-            input_ids, _, _ = collate(batch[:1], args.device)
-            if not predict(model, input_ids, "full").logits.isfinite().all():
-                advice = "the base's own logits are not finite"
-            raise ValueError(f"step {step}: losses {lm} and {skip}, gradient norm {norm}; {advice}")
+            raise ValueError(f"step {step}: losses {lm} and {skip}, gradient norm {norm}; a lower "
+                             f"--lr may help, in a new --out, or another --dtype")
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 

@@ -128,9 +128,8 @@ def test_a_path_that_no_token_takes(model, ids, route, idle):
 
 
 def test_training_mode_computes_the_same(model, ids):
-    """The gradient that training mode adds may change what the model computes. Where all tokens
-    take one path it is the same bit for bit. Where paths are mixed, products of gathered tokens
-    have other shapes and may differ in the last bit."""
+    """Training mode may compute something else. Where all tokens take one path it is the same bit
+    for bit. Where paths are mixed, products of gathered tokens may differ in the last bit."""
     for route in (keep_all, keep_none, "full", "learned"):
         with torch.no_grad():
             expected = model.eval()(ids(3, 20), route=route)
@@ -174,13 +173,6 @@ def test_gradient_of_a_gate_in_training_mode(model, ids):
     expected = paper + ((full - skip) * others[0]).sum(-1) * g * (1 - g)
     torch.testing.assert_close(found, expected)
     assert (found - paper).abs().min() > 1e-3
-
-
-def test_fresh_routers_are_coin_flips(model, ids):
-    """The gates of new routers may start shut or open, and then they hardly learn."""
-    gates = model(ids(8, 16)).gates
-    assert gates.shape == (8, 16, 2)
-    assert abs(gates.mean() - 0.5) < 0.2 and gates.std() > 0.01
 
 
 # ---- Sizes and costs -----------------------------------------------------------------------------
