@@ -16,8 +16,8 @@ that rows may have. The folder --out, which all machines of a run have to share,
 
 One step: the rows of a batch are sorted by length and cut into micro-batches, which are dealt out
 to the processes. Each holds the whole model, and adds up the gradients of L_lm + alpha * L_skip
-(see flexidepth.py). Both are divided by the numbers of tokens in the whole batch, so it does not
-matter how it is cut. Then the gradients of all processes are added, and AdamW steps.
+(see flexidepth.py). L_lm is divided by the tokens of the whole batch that count, L_skip by all its
+tokens, so how it is cut does not matter. Then the processes' gradients are added, and AdamW steps.
 """
 import argparse
 import json
@@ -62,7 +62,7 @@ RECIPES = {
     "tiny": PAPER | dict(alpha=3.5e-4, lr=5e-3, epochs=7.35, batch_size=32, micro_batch_size=32,
                          seq_len=256, answers_only=True),
 }
-# May differ after --resume, as may the number of processes. Training differs by rounding at most.
+# These may differ after --resume, as may the number of processes. Only rounding then differs.
 FREE = ("out", "valid", "resume", "device", "save_every", "micro_batch_size",
         "checkpoint_activations")
 # torchrun tells each process its place.
@@ -99,13 +99,13 @@ def parse_args() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
     add("--seed", type=int, default=0, help="of new routers and of the order of rows (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the base; on a GPU the checkpoint's",
+    add("--dtype", choices=["float32", "bfloat16"], help="of the base (the checkpoint's with CUDA)",
         default=None if torch.cuda.is_available() else "float32")
     add("--save-every", type=positive_int, default=200, help="steps between checkpoints (200)")
     add("--checkpoint-activations", action="store_true", help="less memory for more time")
     add("--recipe", choices=RECIPES, help="defaults of what follows (default: tiny or paper)")
     add("--alpha", type=non_negative, help="price of depth, the weight of L_skip")
-    add("--last-alpha", type=non_negative, help="share of it at the end of a cosine; 1: constant")
+    add("--last-alpha", type=non_negative, help="share of --alpha left at the end; 1: constant")
     add("--lr", type=non_negative, help="peak learning rate")
     add("--epochs", type=non_negative, help="passes over the data; 0 trains nothing, but evaluates")
     add("--steps", type=positive_int, help="optimiser steps, in place of --epochs")
@@ -226,7 +226,7 @@ def collate(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---- Predictions ---------------------------------------------------------------------------------
 def predict(model: FlexiDepth, input_ids: Tensor, route: Route = "learned") -> Output:
-    """What the model gives for input_ids (B, T). With route "full" this is the base's."""
+    """What the model gives for input_ids (B, T). With route "full" it is the base's output."""
     dtype = model.model.embed_tokens.weight.dtype
     # Routers and adapters are float32. Autocast casts them to the base's dtype.
     with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
@@ -421,7 +421,7 @@ def main() -> None:
             print(f"step {step}/{steps}  loss {lm:.4f}  skip loss {skip:.3f}  "
                   f"layers used {layers:.2f}  {time.time() - started:.0f} s", flush=True)
 
-    # The gates are written before the table is made, which may take long.
+    # Routers and adapters are written before the table is made, which may take long.
     if RANK == 0:
         model.save_flexidepth(args.out)
     model.eval()
