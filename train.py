@@ -24,7 +24,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,13 +44,12 @@ from flexidepth import (
 TINY = Path(__file__).resolve().parent / "tests" / "tiny-llama"
 # Defaults of options, and settings that have no option. These are the paper's.
 PAPER = dict(
-    alpha=1e-3, lr=1e-4, epochs=3.0, batch_size=64, micro_batch_size=1, seq_len=2048,
-    answers_only=False,
+    alpha=1e-3, last_alpha=1.0, lr=1e-4, epochs=3.0, batch_size=64, micro_batch_size=1,
+    seq_len=2048, answers_only=False,
     beta2=0.999,         # AdamW's
     clip=0.0,            # the largest norm of the gradients; 0 means no clipping
     towards_base=False,  # ours: L_lm is the divergence (KL) from the base's own predictions
-    both_paths=False,    # ours: gates also learn from the path not taken (model.train())
-    last_alpha=1.0)      # ours, if below 1: alpha falls along a cosine, down to this share of it
+    both_paths=False)    # ours: gates also learn from the path not taken (model.train())
 RECIPES = {
     "paper": PAPER,
     # The first stage of the released weights. The second adds --alpha 1e-5 --flexidepth FIRST_OUT.
@@ -99,13 +97,12 @@ def parse_args() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
     add("--seed", type=int, default=0, help="of new routers and of the order of rows (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the base (the checkpoint's with CUDA)",
-        default=None if torch.cuda.is_available() else "float32")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the base (on a CPU float32)")
     add("--save-every", type=positive_int, default=200, help="steps between checkpoints (200)")
     add("--checkpoint-activations", action="store_true", help="less memory for more time")
     add("--recipe", choices=RECIPES, help="defaults of what follows (default: tiny or paper)")
     add("--alpha", type=non_negative, help="price of depth, the weight of L_skip")
-    add("--last-alpha", type=non_negative, help="share of --alpha left at the end; 1: constant")
+    add("--last-alpha", type=non_negative, help="share of --alpha to which it falls; 1: constant")
     add("--lr", type=non_negative, help="peak learning rate")
     add("--epochs", type=non_negative, help="passes over the data; 0 trains nothing, but evaluates")
     add("--steps", type=positive_int, help="optimiser steps, in place of --epochs")
@@ -116,7 +113,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
 
     recipe = args.recipe or ("tiny" if Path(args.model).resolve() == TINY else "paper")
-    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
+    parser.set_defaults(
+        recipe=recipe, dtype="float32" if args.device == "cpu" else None, **RECIPES[recipe])
     args = parser.parse_args()  # again, with the recipe's defaults
     if (args.out / "train.json").exists() or (args.out.exists() and not args.resume):
         parser.error(f"{args.out} exists; give another --out, or --resume if its run has not ended")
@@ -361,14 +359,12 @@ def main() -> None:
     print(f"{args.model}: recipe {args.recipe}, routed layers {config.routing_layers} of "
           f"{config.num_hidden_layers}, steps {begin + 1} to {steps}")
 
-    started = time.time()
     for step in range(begin + 1, steps + 1):
         # The learning rate rises over 3 % of the steps, and falls towards zero along a cosine.
         cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         lr = args.lr * min(step / (0.03 * steps), cosine)
         optimizer.param_groups[0]["lr"] = lr
-        share = args.last_alpha
-        alpha = args.alpha * (share + (1 - share) * cosine)
+        alpha = args.alpha * (1 - (1 - args.last_alpha) * (1 - cosine))
 
         # Rows of like length share a micro-batch. Each process takes every WORLD-th one.
         batch = [rows[i] for i in plan[step - 1]]
@@ -399,12 +395,14 @@ def main() -> None:
             for tensor in (figures, *(p.grad for p in trained.values())):
                 dist.all_reduce(tensor)
 
-        clip = args.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
         lm, skip, layers = figures.tolist()
         if not math.isfinite(lm + skip + norm):
-            raise ValueError(f"step {step}: losses {lm} and {skip}, gradient norm {norm}; a lower "
-                             f"--lr may help, in a new --out, or another --dtype")
+            base_logits = predict(model, collate(batch[:1], args.device)[0], "full").logits
+            advice = "a lower --lr may help, in a new --out"
+            if not base_logits.isfinite().all():
+                advice = "the base's own logits are not finite"
+            raise ValueError(f"step {step}: losses {lm} and {skip}, gradient norm {norm}; {advice}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
@@ -419,7 +417,7 @@ def main() -> None:
                                 "optimizer": optimizer.state_dict()}, temporary)
         if step % max(1, steps // 50) == 0 or step in (1, steps):
             print(f"step {step}/{steps}  loss {lm:.4f}  skip loss {skip:.3f}  "
-                  f"layers used {layers:.2f}  {time.time() - started:.0f} s", flush=True)
+                  f"layers used {layers:.2f}", flush=True)
 
     # Routers and adapters are written before the table is made, which may take long.
     if RANK == 0:

@@ -45,8 +45,7 @@ def test_tokens_and_depths_are_those_of_plain_decoding(models, route):
 
 
 def test_batches_and_other_routes_still_run(models):
-    """Only a single token has compiled code: a batch, or a route that is a function, must not
-    meet it."""
+    """Only a lone token has compiled code: a batch, or a route that is a function, may meet it."""
     prompts = torch.randint(20, 200, (3, 5))
     for route in ("learned", lambda layer_index, gate: gate > 0.6):
         for prompt in (prompts, prompts[:1]):

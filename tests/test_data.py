@@ -116,8 +116,7 @@ def test_messages_without_content(read, llama3, capsys):
 
 
 def test_rows_left_out_are_counted_by_reason(read, capsys):
-    """Rows would be lost without a word, or all be put down to their length, or one that just fits
-    would be left out."""
+    """Rows would be lost without a word, or all put down to length, or one that just fits lost."""
     rows = [{"messages": [QUESTION, ANSWER]}, {"messages": []}, {"messages": [QUESTION]},
             {"text": " "}, {"text": "long " * 300}, {"text": "long " * 400}]
     row, = read(rows)

@@ -140,8 +140,7 @@ def test_generated_tokens_and_depths(prompts, compiled):
 @needs_gpu
 @pytest.mark.parametrize("processes", {0, 1, COUNT})
 def test_a_run_gives_the_cpus_result(tmp_path, processes):
-    """train.py may train something else on a GPU, or on several that NCCL connects. processes: 0 is
-    without torchrun."""
+    """train.py may train something else on a GPU, or on several. processes: 0 is no torchrun."""
     def call(out, device, processes):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         command = [sys.executable, *(launcher if processes else []), ROOT / "train.py", "--model",

@@ -175,6 +175,13 @@ def test_gradient_of_a_gate_in_training_mode(model, ids):
     assert (found - paper).abs().min() > 1e-3
 
 
+def test_fresh_routers_are_coin_flips(model, ids):
+    """The gates of new routers may start shut or open, and then they hardly learn."""
+    gates = model(ids(8, 16)).gates
+    assert gates.shape == (8, 16, 2)
+    assert abs(gates.mean() - 0.5) < 0.2 and gates.std() > 0.01
+
+
 # ---- Sizes and costs -----------------------------------------------------------------------------
 def test_size_of_the_8b():
     """Widths may differ from those of the released checkpoint, whose 16 routers and adapters are

@@ -102,9 +102,8 @@ def test_dtype_is_that_of_the_largest_tensor(tmp_path, write_checkpoint, ids, ba
 
 
 def test_training_in_float32(tmp_path, write_checkpoint, ids):
-    """Routers and adapters are trained in float32, as small steps would be lost in bfloat16. In use
-    they run as rounded to the base's dtype, and may decide otherwise. A whole model that is saved
-    has this one dtype."""
+    """Routers and adapters are trained in float32. In use they run as rounded to the base's dtype,
+    and may decide otherwise. A whole model that is saved has this one dtype."""
     folder = write_checkpoint(tmp_path, dtype=torch.bfloat16)
     model = FlexiDepth.from_pretrained(folder)
     for name, p in model.named_parameters():
@@ -162,9 +161,8 @@ def test_a_tied_head(tmp_path, write_checkpoint, stored):
 
 # ---- The hub's cache -----------------------------------------------------------------------------
 def test_hub_names(tmp_path, monkeypatch, write_checkpoint):
-    """A model that was downloaded may not be found, an older snapshot of it may be taken, or one of
-    another cache than that of the hub's own client. One that is not there may be refused without a
-    word how to get it."""
+    """A model that was downloaded may not be found, or an older snapshot or that of another cache
+    than the hub's be taken. One that is not there may be refused without a word how to get it."""
     for name in ("HF_HUB_CACHE", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
     caches = {"HOME": ".cache/huggingface/hub", "HF_HOME": "hub", "HF_HUB_CACHE": "."}

@@ -199,8 +199,7 @@ def test_skip_loss():
 
 
 def test_layers_used():
-    """Plain layers may be left out, skipped layers counted for open ones, or the sum taken over the
-    wrong axis."""
+    """Plain layers may be left out, skipped ones counted, or the sum taken over the wrong axis."""
     config = Config(**SHAPE)
     assert config.routing_layers == [2, 3]  # the latter half: 2 plain layers, 2 with gates
     kept = torch.tensor([[[True, True], [True, False], [False, False]]])

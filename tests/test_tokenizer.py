@@ -208,8 +208,7 @@ def test_bytes_that_are_no_tokens(tmp_path, train):
 
 
 def test_begin_and_end_of_a_text(tmp_path, train):
-    """A text may lack the token that the model's texts begin or end with, or get one that the model
-    was not trained on."""
+    """A text may lack the token that the model's texts begin or end with, or get an unknown one."""
     llama3 = save(train("llama3", LLAMA3), tmp_path)
     begin, end = llama3.special[BEGIN], llama3.special["<|end_of_text|>"]
     assert llama3.encode("7", bos=True, eos=True) == [begin, *llama3.encode("7"), end]
@@ -330,8 +329,7 @@ def test_stop_ids(tmp_path, write_ranks, value, more):
 
 
 def test_more_tokens_than_the_model_has(folder, write_ranks):
-    """Chat tokens may have been added to a tokenizer and not to its model, where their ids end in
-    an IndexError."""
+    """A tokenizer may have chat tokens that its model lacks, where ids end in an IndexError."""
     write_ranks(folder)
     with pytest.raises(ValueError, match="more tokens than its model"):
         Tokenizer.from_pretrained(folder)

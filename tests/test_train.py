@@ -235,23 +235,25 @@ def test_refusals(arguments, words):
     assert not Path("out", "metrics.jsonl").exists()
 
 
-def test_losses_that_are_not_finite():
-    """A run would go on, and write gates that are not numbers."""
+@pytest.mark.parametrize("file, words", [("model", "the base's own logits are not finite"),
+                                         ("flexidepth", "a lower --lr may help")])
+def test_losses_that_are_not_finite(file, words):
+    """A user would lower the learning rate of a broken base, or look for a fault in a good one."""
     shutil.copytree(TINY, "broken")
-    file = "broken/flexidepth.safetensors"
+    file = f"broken/{file}.safetensors"
     save_file({name: t.fill_(math.nan) for name, t in load_file(file).items()}, file)
-    ended = run("--flexidepth", "broken")
-    assert ended.startswith("train.py: step 1: losses nan") and "a lower --lr may help" in ended
+    ended = run("--model", "broken", "--flexidepth", "broken", "--recipe", "tiny")
+    assert ended.startswith("train.py: step 1: losses nan") and words in ended
 
 
 def test_dtype_of_the_base(monkeypatch):
     """--dtype would be ignored, or a CPU would compute in a checkpoint's bfloat16, often slowly."""
     load = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(FlexiDepth, "from_pretrained", load)
-    run()
-    run("--dtype", "bfloat16")
-    expected = [None if torch.cuda.is_available() else torch.float32, torch.bfloat16]
-    assert [call.kwargs["dtype"] for call in load.mock_calls] == expected
+    for options in ("cpu",), ("cpu", "--dtype", "bfloat16"), ("mps",):
+        run("--device", *options)
+    found = [call.kwargs["dtype"] for call in load.mock_calls]
+    assert found == [torch.float32, torch.bfloat16, None]
 
 
 def test_out_of_memory(monkeypatch):
