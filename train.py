@@ -360,11 +360,12 @@ def main() -> None:
           f"{config.num_hidden_layers}, steps {begin + 1} to {steps}")
 
     for step in range(begin + 1, steps + 1):
-        # The learning rate rises over 3 % of the steps, and falls towards zero along a cosine.
+        # The learning rate rises over 3 % of the steps. Along a cosine it and alpha then fall.
         cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         lr = args.lr * min(step / (0.03 * steps), cosine)
         optimizer.param_groups[0]["lr"] = lr
-        alpha = args.alpha * (1 - (1 - args.last_alpha) * (1 - cosine))
+        fall = (1 - args.last_alpha) * (1 - cosine)
+        alpha = args.alpha * (1 - fall)
 
         # Rows of like length share a micro-batch. Each process takes every WORLD-th one.
         batch = [rows[i] for i in plan[step - 1]]
@@ -395,7 +396,8 @@ def main() -> None:
             for tensor in (figures, *(p.grad for p in trained.values())):
                 dist.all_reduce(tensor)
 
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
+        clip = args.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).item()
         lm, skip, layers = figures.tolist()
         if not math.isfinite(lm + skip + norm):
             base_logits = predict(model, collate(batch[:1], args.device)[0], "full").logits

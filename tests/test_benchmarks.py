@@ -108,7 +108,7 @@ def test_scores_of_the_base_are_those_of_transformers(lm, folder, ids):
 
 
 def test_generated_text(lm):
-    """Text may go on after a stop, or the position that predicts its first token be the prompt's."""
+    """Text may go on after a stop, or the place that predicts its first token be the prompt's."""
     def generate(*until: str) -> str:
         lm.seen = []
         options = {"until": [*until], "max_gen_toks": 9}
